@@ -1,0 +1,162 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the image model: ViT's fields, and those of the Mixture of Nested Experts."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .capacity import relative_widths, resolve_capacity
+
+
+ROUTER_TYPES = ("learned", "random", "argmax")
+POOLINGS = ("mean", "cls")
+
+
+@strict
+class MoNEConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MoNEModel`] and [`MoNEForImageClassification`]. The defaults are ViT-B/16 at 224².
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width D of the tokens. 2**(num_experts - 1) must divide it.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of transformer layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads. Must divide `hidden_size`.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Hidden width of the MLP, the same for every expert.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the embeddings, the attention and the MLP.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial weights.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12):
+            Epsilon of the layer norms.
+        image_size (`int` or pair of `int`, *optional*, defaults to 224):
+            Image size (height, width) in pixels.
+        patch_size (`int` or pair of `int`, *optional*, defaults to 16):
+            Patch size (height, width) in pixels. Must divide `image_size`.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the image.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the query, key and value projections have a bias.
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            `"mean"`: global average over the final tokens, as in the paper. `"cls"`: class token, for checkpoints
+            that have one. It is not routed and always takes the full model.
+        num_experts (`int`, *optional*, defaults to 4):
+            Number E of nested experts; expert i = 1..E has width `hidden_size / 2**(E-i)`.
+        router_layers (sequence of `int`, *optional*, defaults to `(0,)`):
+            Layers that carry a router, increasing. A decision holds until the next router. Layers before the first
+            run the full model.
+        router_type (`str`, *optional*, defaults to `"learned"`):
+            `"learned"`; `"random"`: Expert Preferred Routing on random scores, without a gate; `"argmax"`: token
+            choice without a capacity bound (paper, section A.3), as slow as the dense model.
+        capacity (`float` or sequence of `float`, *optional*, defaults to 1.0):
+            What a call runs at that gives no `capacity` of its own: an effective capacity in
+            [1 / 2**(E-1), 1] or E shares, smallest expert first.
+        capacity_delta (`float`, *optional*, defaults to 2.0):
+            delta of the paper's Eq. 3.
+        capacity_beta (`float`, *optional*, defaults to 10.0):
+            beta of the paper's Eq. 3.
+
+    Example:
+
+    ```python
+    >>> from mone import MoNEConfig, MoNEForImageClassification
+
+    >>> model = MoNEForImageClassification(MoNEConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768))
+    ```"""
+
+    model_type = "mone"
+    # Trainer would hand these to `compute_metrics` beside the logits.
+    keys_to_ignore_at_inference = ["router_logits", "expert_indices"]
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    pooling: str = "mean"
+    num_experts: int = 4
+    router_layers: list[int] | tuple[int, ...] = (0,)
+    router_type: str = "learned"
+    capacity: float | int | list[float | int] | tuple[float | int, ...] = 1.0
+    capacity_delta: float | int = 2.0
+    capacity_beta: float | int = 10.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        # Also here, for a plain ValueError at construction; as `validate_*` hooks they run again before saving.
+        self.validate_widths()
+        self.validate_sizes()
+        self.validate_routing()
+
+    def validate_widths(self):
+        divisor = round(1 / relative_widths(self.num_experts)[0])
+        if self.hidden_size < 1 or self.hidden_size % divisor:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a positive multiple of 2**(num_experts - 1) = {divisor}, "
+                f"for {self.num_experts} nested experts."
+            )
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be positive and divide "
+                f"hidden_size={self.hidden_size}."
+            )
+
+    def validate_sizes(self):
+        image, patch = as_pair(self.image_size), as_pair(self.patch_size)
+        if min(patch) < 1 or any(i < p or i % p for i, p in zip(image, patch, strict=True)):
+            raise ValueError(
+                f"image_size={self.image_size} must be a positive multiple of patch_size={self.patch_size} "
+                "in height and width."
+            )
+
+    def validate_routing(self):
+        layers = list(self.router_layers)
+        if layers != sorted(set(layers)) or not layers or layers[0] < 0 or layers[-1] >= self.num_hidden_layers:
+            raise ValueError(
+                f"router_layers={self.router_layers} must hold increasing layer numbers from 0 to "
+                f"num_hidden_layers - 1 = {self.num_hidden_layers - 1}, at least one."
+            )
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(f"router_type={self.router_type!r} must be one of {ROUTER_TYPES}.")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} must be one of {POOLINGS}.")
+        self.resolve_capacity()
+
+    def resolve_capacity(self, capacity=None) -> tuple[float, ...]:
+        """The capacity distribution, smallest expert first, of a call's `capacity` (`None`: the config's own).
+
+        Raises:
+            ValueError: gives the value and what is allowed.
+        """
+        return resolve_capacity(
+            self.capacity if capacity is None else capacity,
+            self.num_experts,
+            self.capacity_delta,
+            self.capacity_beta,
+        )
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A size as (height, width)."""
+    if isinstance(size, int):
+        return (size, size)
+    if len(size) != 2:
+        raise ValueError(f"A size must be one integer or a pair (height, width), got {size!r}.")
+    return tuple(size)
+
+
+__all__ = ["MoNEConfig"]

@@ -1,0 +1,82 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Multiply-accumulates (MACs) of a MoNE model, counted from its config. The paper's "GFLOPs" are these.
+
+Counted are the matrix products: patch embedding, routers, projections, attention and classifier, for one image.
+Norms, activations and additions are not, as in the paper and in PyTorch's `FlopCounterMode`. Attention and patch
+embedding do not depend on the capacity.
+"""
+
+from collections.abc import Sequence
+
+from .capacity import relative_widths, tokens_per_expert
+from .configuration_mone import MoNEConfig, as_pair
+
+
+def count_macs(
+    config: MoNEConfig,
+    capacity: float | Sequence[float] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> int:
+    """MACs of `MoNEForImageClassification` on one image.
+
+    Args:
+        config: of the model.
+        capacity: as in the model's forward; default `config.capacity`. An arg-max router ignores it and runs at the
+            dense model's cost.
+        image_size: pixels (height, width) where they differ from `config.image_size`.
+
+    Raises:
+        ValueError: if `capacity` is not allowed.
+    """
+    d, e, hidden = config.hidden_size, config.num_experts, config.intermediate_size
+    patch = as_pair(config.patch_size)
+    image = as_pair(config.image_size if image_size is None else image_size)
+    n = (image[0] // patch[0]) * (image[1] // patch[1])
+    sequence = n + (1 if config.pooling == "cls" else 0)
+
+    counts = tokens_per_expert(config.resolve_capacity(capacity), n)
+    widths = [round(d * width) for width in relative_widths(e)]
+    # Input features of all tokens together; a class token takes the full model.
+    routed = sum(k * width for k, width in zip(counts, widths, strict=True)) + (sequence - n) * d
+    if config.router_type == "argmax":
+        routed = sequence * d
+
+    total = n * config.num_channels * patch[0] * patch[1] * d
+    for layer in range(config.num_hidden_layers):
+        features = routed if layer >= config.router_layers[0] else sequence * d
+        projections = features * (4 * d + 2 * hidden)  # query, key, value, output; both of the MLP
+        attention = 2 * sequence * sequence * d
+        total += projections + attention
+    if config.router_type != "random":
+        total += len(config.router_layers) * n * d * e
+    return total + d * config.num_labels
+
+
+def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[int, int] | None = None) -> float:
+    """The largest effective capacity, to 1e-6, at which one image costs at most `gmacs` times 10^9 MACs.
+
+    Args:
+        config, image_size: as in `count_macs`.
+        gmacs: the budget for one image. One at or above the dense model's cost gives 1.0.
+
+    Raises:
+        ValueError: if even the smallest capacity costs more; the message gives the least budget that works.
+    """
+    low, high = relative_widths(config.num_experts)[0], 1.0
+    least = count_macs(config, low, image_size)
+    budget = gmacs * 1e9
+    if not least <= budget:
+        raise ValueError(
+            f"A budget of {gmacs} GMACs cannot be met: capacity {low:g} already costs {least / 1e9:.6g} GMACs. "
+            "Attention, embedding and classifier do not shrink with the capacity; smaller images do."
+        )
+    if count_macs(config, high, image_size) <= budget:
+        return high
+    # Whole tokens make the cost a staircase, so that it is searched and not solved; `low` always fits.
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if count_macs(config, middle, image_size) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low

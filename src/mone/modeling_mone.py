@@ -1,0 +1,649 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""MoNE vision transformer: "Mixture of Nested Experts: Adaptive Processing of Visual Tokens" (NeurIPS 2024).
+
+One pre-norm ViT holds E nested experts: expert i works on the first d_i = D / 2**(E-i) features of every in- and
+out-projection. A router ranks the tokens once, Expert Preferred Routing gives each expert a fixed number of them,
+and the tokens are sorted by expert, largest first. From there on every expert is one contiguous slice, so that the
+layers neither gather nor mask; the order is restored once, at the end.
+
+Axis letters:
+    B  batch
+    N  patch tokens; the sequence is one longer with a class token, which leads it and takes the full model
+    D  width of the model (hidden_size), d the width of an expert
+    E  experts, smallest first
+    H  attention heads
+    C, height, width  channels and pixels of the image
+
+The layers, their names and state-dict keys follow transformers' ViT (`models/vit/modeling_vit.py`).
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit.modeling_vit import eager_attention_forward
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .capacity import relative_widths, resolve_capacity, tokens_per_expert
+from .configuration_mone import MoNEConfig, as_pair
+from .routing import Router
+
+
+@dataclass
+class MoNEModelOutput(ModelOutput):
+    """
+    Output of [`MoNEModel`]. Everything is in the original order of the tokens.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
+            Tokens after the final layer norm; the class token, where there is one, comes first.
+        pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`):
+            Mean of the tokens, or the class token, by `config.pooling`.
+        hidden_states (tuple of `torch.FloatTensor`, with `output_hidden_states=True`):
+            The embeddings and the output of each layer, shaped as `last_hidden_state`, before the final norm.
+        attentions (tuple of `torch.FloatTensor`, with `output_attentions=True`):
+            Attention weights of each layer, `(batch, heads, tokens, tokens)`.
+        router_logits (tuple of `torch.FloatTensor`, with `output_router_logits=True`):
+            One `(batch, patches, num_experts)` per router. A random router's are its scores.
+        expert_indices (tuple of `torch.LongTensor`, with `output_router_logits=True`):
+            One `(batch, patches)` per router: the expert of every patch, 0 = smallest.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_indices: tuple[torch.LongTensor, ...] | None = None
+
+
+@dataclass
+class MoNEImageClassifierOutput(ModelOutput):
+    """
+    Output of [`MoNEForImageClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, with `labels`):
+            Classification or regression loss.
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`):
+            Scores before softmax or sigmoid.
+        hidden_states, attentions, router_logits, expert_indices:
+            As in [`MoNEModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_indices: tuple[torch.LongTensor, ...] | None = None
+
+
+# --- nested projections (section 3.1) -------------------------------------------------------------------------------
+
+# The tokens start..stop of a sorted sequence that one expert processes, and that expert's width d.
+Slice = tuple[int, int, int]
+
+
+class NestedIn(nn.Linear):
+    """In-projection of a nested expert: the first d columns of the weight, d being the width of the input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight[:, : x.shape[-1]], self.bias)
+
+
+class NestedOut(nn.Linear):
+    """Out-projection of a nested expert: the first d rows of weight and bias."""
+
+    def forward(self, x: torch.Tensor, d: int) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight[:d], self.bias[:d])
+
+
+def add_updates(
+    residual: torch.Tensor, updates: list[torch.Tensor], slices: tuple[Slice, ...], gate: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Add each expert's update, times the gate, to the first d features of its tokens. The others pass through.
+
+    Args:
+        residual: (B, N, D).
+        updates: one (B, stop - start, d) per slice.
+        slices: that cover the N tokens.
+        gate: (B, N, 1), or None for no gate.
+    """
+    if len(slices) == 1 and slices[0][2] == residual.shape[-1]:
+        return residual + updates[0] if gate is None else torch.addcmul(residual, gate, updates[0])
+    out = residual.clone()
+    for (start, stop, d), update in zip(slices, updates, strict=True):
+        target = out[:, start:stop, :d]
+        if gate is None:
+            target.add_(update)
+        else:
+            target.addcmul_(gate[:, start:stop], update)
+    return out
+
+
+class MoNEAttention(nn.Module):
+    """Self-attention over all tokens at full width D, whichever expert projects a token in and out."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+
+        width = config.hidden_size
+        self.q_proj = NestedIn(width, width, bias=config.qkv_bias)
+        self.k_proj = NestedIn(width, width, bias=config.qkv_bias)
+        self.v_proj = NestedIn(width, width, bias=config.qkv_bias)
+        self.o_proj = NestedOut(width, width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, slices: tuple[Slice, ...], **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """(B, N, D) -> one update (B, stop - start, d) per slice, and the attention weights (eager only)."""
+        inputs = [hidden_states[:, start:stop, :d] for start, stop, d in slices]
+        query, key, value = (
+            torch.cat([proj(x) for x in inputs], dim=1)
+            .unflatten(-1, (self.num_attention_heads, self.head_dim))
+            .transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, H, N, D / H) each
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        context = context.flatten(2)  # (B, N, D)
+        return [self.o_proj(context[:, start:stop], d) for start, stop, d in slices], attn_weights
+
+
+class MoNEMLP(nn.Module):
+    """MLP whose hidden width is the same for every expert; only its input and output are nested."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = NestedIn(config.hidden_size, config.intermediate_size)
+        self.fc2 = NestedOut(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> list[torch.Tensor]:
+        """(B, N, D) -> one update (B, stop - start, d) per slice."""
+        return [
+            self.fc2(self.activation_fn(self.fc1(hidden_states[:, start:stop, :d])), d) for start, stop, d in slices
+        ]
+
+
+class MoNELayer(GradientCheckpointingLayer):
+    """One pre-norm transformer layer on tokens that are sorted by expert (Eq. 1)."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__()
+        self.attention = MoNEAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MoNEMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        gate: torch.Tensor | None,
+        feature_mask: torch.Tensor | None,
+        slices: tuple[Slice, ...],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """Args:
+        hidden_states: (B, N, D).
+        gate: (B, N, 1) factor of the MLP's update, None for 1.
+        feature_mask: (B, N, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
+        slices: the experts' tokens and widths.
+        """
+        x = self.layernorm_before(hidden_states)
+        updates, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
+        hidden_states = self._residual(hidden_states, updates, feature_mask, slices, None)
+
+        x = self.layernorm_after(hidden_states)
+        updates = self.mlp(x if feature_mask is None else x * feature_mask, slices)
+        return self._residual(hidden_states, updates, feature_mask, slices, gate)
+
+    def _residual(self, hidden_states, updates, feature_mask, slices, gate):
+        updates = [self.dropout(update) for update in updates]
+        if feature_mask is not None:
+            updates = [updates[0] * feature_mask]
+        return add_updates(hidden_states, updates, slices, gate)
+
+
+# --- encoder with routers -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """What `nested_encoder` returns; recorded layer outputs are added to it by `capture_outputs`."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    token_orders: tuple[torch.LongTensor | None, ...] | None = None
+    """For each layer, the (B, sequence) order its tokens are in, or None for the original one."""
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_indices: tuple[torch.LongTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def static_capacity(capacity):
+    """`capacity` as plain Python numbers: dynamo turns the second float it sees into a symbol."""
+    if not torch.compiler.is_compiling():
+        return capacity
+    if isinstance(capacity, (list, tuple)):
+        return tuple(static_capacity(share) for share in capacity)
+    return guard_scalar(capacity) if isinstance(capacity, float) else capacity
+
+
+# Dynamo does not trace SciPy: what it returns for a capacity is a constant of that capacity's graph.
+@torch.compiler.assume_constant_result
+def token_counts(capacity, num_experts: int, delta: float, beta: float, num_tokens: int) -> tuple[int, ...]:
+    """Tokens of every expert, smallest first, for a `capacity` argument and N tokens."""
+    return tokens_per_expert(resolve_capacity(capacity, num_experts, delta, beta), num_tokens)
+
+
+def nested_encoder(
+    config: MoNEConfig,
+    layers: nn.ModuleList,
+    routers: nn.ModuleList,
+    hidden_states: torch.Tensor,
+    counts: tuple[int, ...],
+    generator: torch.Generator | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> EncoderOutput:
+    """Run `layers`, with `routers` before those in `config.router_layers`.
+
+    Args:
+        hidden_states: (B, N, D) or (B, 1 + N, D): tokens that `counts` does not cover lead the sequence, are not
+            routed and take the full model.
+        counts: E integers, smallest expert first, that sum to N.
+        generator: source of random routers' scores.
+
+    Returns:
+        The tokens before the final norm in original order, and the routers' decisions.
+    """
+    num_prefix = hidden_states.shape[1] - sum(counts)
+    slices = ((0, hidden_states.shape[1], config.hidden_size),)
+    order, gate, feature_mask = None, None, None
+    orders, router_logits, expert_indices = [], [], []
+    for index, layer in enumerate(layers):
+        if index in config.router_layers:
+            hidden_states = restore_order(hidden_states, order)
+            routing = routers[len(router_logits)](hidden_states[:, num_prefix:], counts, generator)
+            router_logits.append(routing.logits)
+            expert_indices.append(routing.experts)
+            gate = routing.gate
+            if gate is not None and num_prefix:
+                gate = nn.functional.pad(gate, (0, 0, num_prefix, 0), value=1.0)
+            if config.router_type == "argmax":
+                feature_mask = expert_feature_mask(config, routing.experts, num_prefix, hidden_states.dtype)
+            else:
+                slices, order = expert_slices(config, counts, num_prefix), None
+                if len(slices) > 1:
+                    order = expert_order(routing.experts, num_prefix)
+                    hidden_states = take_tokens(hidden_states, order)
+                    gate = None if gate is None else take_tokens(gate, order)
+        orders.append(order)
+        hidden_states = layer(hidden_states, gate, feature_mask, slices, **kwargs)
+    return EncoderOutput(
+        last_hidden_state=restore_order(hidden_states, order),
+        token_orders=tuple(orders),
+        router_logits=tuple(router_logits),
+        expert_indices=tuple(expert_indices),
+    )
+
+
+def expert_slices(config: MoNEConfig, counts: tuple[int, ...], num_prefix: int) -> tuple[Slice, ...]:
+    """Contiguous slices of a sequence sorted by expert, largest first. Experts without tokens have none."""
+    slices, start = [], 0
+    for expert in reversed(range(config.num_experts)):
+        # The prefix is at full width, so that it extends the slice of the largest expert.
+        stop = start + counts[expert] + (num_prefix if expert == config.num_experts - 1 else 0)
+        if stop > start:
+            slices.append((start, stop, int(config.hidden_size * relative_widths(config.num_experts)[expert])))
+        start = stop
+    return tuple(slices)
+
+
+def expert_order(experts: torch.Tensor, num_prefix: int) -> torch.Tensor:
+    """(B, N) experts -> (B, num_prefix + N) positions that sort the sequence by expert, largest first, stably."""
+    order = experts.sort(dim=1, descending=True, stable=True).indices
+    if num_prefix == 0:
+        return order
+    prefix = torch.arange(num_prefix, device=order.device).expand(order.shape[0], -1)
+    return torch.cat([prefix, order + num_prefix], dim=1)
+
+
+def expert_feature_mask(
+    config: MoNEConfig, experts: torch.Tensor, num_prefix: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """(B, N) experts -> (B, num_prefix + N, D), 1 for the features that a token's expert works on.
+
+    Zeroing the input of a full projection is slicing it, and zeroing its output is padding the slice: the paper's
+    Extract and Pad, at the dense model's cost. Arg-max routing needs it, as its experts have no fixed size.
+    """
+    last = config.num_experts - 1
+    experts = nn.functional.pad(experts, (num_prefix, 0), value=last)
+    widths = config.hidden_size >> (last - experts)
+    features = torch.arange(config.hidden_size, device=experts.device)
+    return (features < widths.unsqueeze(-1)).to(dtype)
+
+
+def take_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x[b, order[b, n]] for x of shape (B, N, ...) and an order of shape (B, N)."""
+    index = order.reshape(*order.shape, *(1,) * (x.dim() - 2))
+    return x.gather(1, index.expand_as(x))
+
+
+def restore_order(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor | None:
+    """Undo `take_tokens`."""
+    return x if x is None or order is None else take_tokens(x, order.argsort(dim=1))
+
+
+def restore_recorded(output: EncoderOutput) -> None:
+    """Put what `capture_outputs` recorded inside the layers back into the original order of the tokens."""
+    orders = output.token_orders
+    if output.hidden_states is not None:
+        # The first entry is the input of layer 0, in that layer's order.
+        output.hidden_states = tuple(
+            restore_order(x, order) for x, order in zip(output.hidden_states, (orders[0], *orders), strict=True)
+        )
+    if output.attentions is not None:
+        output.attentions = tuple(
+            # (B, H, query, key): the queries first, then the keys.
+            restore_order(restore_order(x.transpose(1, 2), order).transpose(1, 3), order).permute(0, 2, 3, 1)
+            for x, order in zip(output.attentions, orders, strict=True)
+        )
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class MoNEPatchEmbeddings(nn.Module):
+    """(B, C, height, width) -> (B, N, D): one token per patch."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__()
+        patch_size = as_pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class MoNEEmbeddings(nn.Module):
+    """Patch and position embeddings, and a class token where `config.pooling` is "cls"."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__()
+        self.image_size = as_pair(config.image_size)
+        self.patch_size = as_pair(config.patch_size)
+        self.num_channels = config.num_channels
+        self.grid = tuple(i // p for i, p in zip(self.image_size, self.patch_size, strict=True))
+        self.num_prefix = 1 if config.pooling == "cls" else 0
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if self.num_prefix else None
+        self.patch_embeddings = MoNEPatchEmbeddings(config)
+        num_positions = self.num_prefix + self.grid[0] * self.grid[1]
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def check_pixel_values(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> None:
+        """Raise ValueError for images that this model cannot take."""
+        expected = f"(batch, {self.num_channels}, {self.image_size[0]}, {self.image_size[1]})"
+        if pixel_values is None:
+            raise ValueError(f"pixel_values is missing; expected a float tensor of shape {expected}.")
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}; expected {expected}.")
+        size = tuple(pixel_values.shape[2:])
+        if interpolate_pos_encoding:
+            if any(s < p or s % p for s, p in zip(size, self.patch_size, strict=True)):
+                raise ValueError(
+                    f"Image size {size[0]}x{size[1]} must be a positive multiple of the patch size "
+                    f"{self.patch_size[0]}x{self.patch_size[1]}."
+                )
+        elif size != self.image_size:
+            raise ValueError(
+                f"Image size {size[0]}x{size[1]} differs from the model's {self.image_size[0]}x{self.image_size[1]}. "
+                "Resize the images, or pass interpolate_pos_encoding=True."
+            )
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """(B, C, height, width) -> (B, num_prefix + N, D)."""
+        embeddings = self.patch_embeddings(pixel_values)
+        if self.cls_token is not None:
+            embeddings = torch.cat([self.cls_token.expand(embeddings.shape[0], -1, -1), embeddings], dim=1)
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            positions = self.interpolate_positions(*pixel_values.shape[2:])
+        return self.dropout(embeddings + positions)
+
+    def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings for another image size in pixels, bicubic as in transformers' ViT."""
+        grid = (height // self.patch_size[0], width // self.patch_size[1])
+        if grid == self.grid:
+            return self.position_embeddings
+        prefix, patches = self.position_embeddings.tensor_split([self.num_prefix], dim=1)
+        patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        # float32: bicubic interpolation lacks half-precision kernels on some devices.
+        patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+
+
+class MoNEPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, checkpoint handling and capabilities that the MoNE models share."""
+
+    config: MoNEConfig
+    config_class = MoNEConfig
+    base_model_prefix = "mone"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoNEEmbeddings", "MoNELayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MoNELayer, "attentions": MoNEAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoNEEmbeddings):
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, Router) and module.router_type != "random":
+            init.zeros_(module.alpha)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it."""
+        classes = {"AutoModel": MoNEModel, "AutoModelForImageClassification": MoNEForImageClassification}
+        self.config.auto_map = {name: f"modeling_mone.{cls.__name__}" for name, cls in classes.items()}
+        super().save_pretrained(save_directory, **kwargs)
+
+    def project_alpha_(self) -> None:
+        """Put every router's alpha back into [0, 1). Call it after each optimiser step (MoNETrainer does)."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.project_alpha_()
+
+
+def check_kwargs(model: nn.Module, kwargs: dict) -> None:
+    """Raise TypeError for a keyword that a forward does not know; transformers would swallow it silently."""
+    for name in kwargs:
+        if name not in TransformersKwargs.__annotations__:
+            close = difflib.get_close_matches(name, ["capacity", "generator", *TransformersKwargs.__annotations__], 1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}.{hint}")
+
+
+class MoNEModel(MoNEPreTrainedModel):
+    """MoNE vision transformer without a head."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__(config)
+        self.embeddings = MoNEEmbeddings(config)
+        self.routers = nn.ModuleList(
+            [Router(config.hidden_size, config.num_experts, config.router_type) for _ in config.router_layers]
+        )
+        self.layers = nn.ModuleList([MoNELayer(config) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        capacity: float | list[float] | tuple[float, ...] | None = None,
+        interpolate_pos_encoding: bool = False,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoNEModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, num_channels, height, width)`):
+                Images, as an image processor makes them.
+            capacity (`float` or sequence of `float`, *optional*, defaults to `config.capacity`):
+                Effective capacity in [1 / 2**(E-1), 1], or E shares of the tokens, smallest expert first, that sum
+                to 1. 1.0 is the dense model.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Take images of another size than `config.image_size`.
+            generator (`torch.Generator`, *optional*):
+                Source of the scores of a random router.
+            output_hidden_states, output_attentions, output_router_logits (`bool`, *optional*):
+                Add these to the output. Attentions need `attn_implementation="eager"`.
+
+        Raises:
+            ValueError: `capacity` or `pixel_values` are not allowed.
+            TypeError: an unknown keyword, such as a misspelt one.
+        """
+        check_kwargs(self, kwargs)
+        self.embeddings.check_pixel_values(pixel_values, interpolate_pos_encoding)
+        output_router_logits = kwargs.pop("output_router_logits", getattr(self.config, "output_router_logits", False))
+        encoded = self._encode(pixel_values, capacity, interpolate_pos_encoding, generator, **kwargs, return_dict=True)
+        restore_recorded(encoded)
+        last_hidden_state = self.layernorm(encoded.last_hidden_state)
+        return MoNEModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=last_hidden_state[:, 0] if self.config.pooling == "cls" else last_hidden_state.mean(dim=1),
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            router_logits=encoded.router_logits if output_router_logits else None,
+            expert_indices=encoded.expert_indices if output_router_logits else None,
+        )
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode(self, pixel_values, capacity, interpolate_pos_encoding, generator, **kwargs) -> EncoderOutput:
+        config = self.config
+        patch_height, patch_width = self.embeddings.patch_size
+        num_tokens = (pixel_values.shape[2] // patch_height) * (pixel_values.shape[3] // patch_width)
+        counts = token_counts(
+            static_capacity(config.capacity if capacity is None else capacity),
+            config.num_experts,
+            config.capacity_delta,
+            config.capacity_beta,
+            num_tokens,
+        )
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        return nested_encoder(config, self.layers, self.routers, hidden_states, counts, generator, **kwargs)
+
+
+class MoNEForImageClassification(MoNEPreTrainedModel):
+    """MoNE vision transformer with a linear classifier on the pooled tokens."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.mone = MoNEModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        capacity: float | list[float] | tuple[float, ...] | None = None,
+        interpolate_pos_encoding: bool = False,
+        generator: torch.Generator | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoNEImageClassifierOutput:
+        r"""
+        Args:
+            labels (`torch.Tensor` of shape `(batch,)`, or `(batch, num_labels)` for several labels, *optional*):
+                Targets of the loss that `config.problem_type` names: class numbers (single label), 0 and 1 (multi
+                label) or values (regression).
+            pixel_values, capacity, interpolate_pos_encoding, generator and the outputs:
+                As in [`MoNEModel`].
+
+        Raises:
+            ValueError, TypeError: as in [`MoNEModel`].
+        """
+        check_kwargs(self, kwargs)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.mone(
+            pixel_values,
+            capacity=capacity,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            generator=generator,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = classification_loss(self, logits, labels, num_items_in_batch)
+        return MoNEImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            expert_indices=outputs.expert_indices,
+        )
+
+
+def classification_loss(
+    model: PreTrainedModel, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """The loss of `config.problem_type`, exact under gradient accumulation.
+
+    With `num_items_in_batch` (labels in all micro-batches of a step, as Trainer counts them) the losses of the
+    micro-batches sum to the loss of the whole batch. transformers does so for single-label losses only.
+    """
+    loss = model.loss_function(labels, logits, model.config, num_items_in_batch=num_items_in_batch)
+    if num_items_in_batch is not None and model.config.problem_type != "single_label_classification":
+        loss = loss * (labels.numel() / num_items_in_batch)
+    return loss
+
+
+__all__ = ["MoNEForImageClassification", "MoNEModel", "MoNEPreTrainedModel"]
