@@ -24,6 +24,7 @@ from .capacity import (
 from .configuration_mone import MoNEConfig
 from .flops import capacity_for_macs, count_macs
 from .modeling_mone import MoNEForImageClassification, MoNEModel
+from .pipelines import register_pipelines
 from .routing import expert_preferred_routing
 
 
@@ -37,6 +38,7 @@ AutoImageProcessor.register(
 MoNEConfig.register_for_auto_class()
 MoNEModel.register_for_auto_class("AutoModel")
 MoNEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+register_pipelines()
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,160 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Labelled images from the Hub, from folders or from parquet files, as batches of `pixel_values` and `labels`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from torchvision.transforms import v2
+
+
+def load_image_datasets(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_dir: str | None = None,
+    validation_dir: str | None = None,
+    train_file: str | None = None,
+    validation_file: str | None = None,
+    validation_split: float = 0.15,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_names: list[str] | None = None,
+    seed: int = 42,
+    cache_dir: str | None = None,
+) -> DatasetDict:
+    """Load one source of labelled images: a data set on the Hub, folders (one per class) or parquet files.
+
+    Args:
+        dataset_name, dataset_config_name: a data set on the Hub.
+        train_dir, validation_dir: folders that hold one folder of images per class.
+        train_file, validation_file: parquet files with an image column (bytes or `datasets.Image`) and a label column.
+        validation_split: share of the training images to hold out where no validation set is given.
+        image_column, label_column: their names; by default the only image column, and "label" or "labels".
+        label_names: the classes, in order, of a model that is only evaluated; by default those of the training set.
+        seed: of the held-out split.
+        cache_dir: of `datasets`.
+
+    Returns:
+        "train" and "validation" (those that exist), with the columns "image" and "label", a `ClassLabel`.
+
+    Raises:
+        ValueError: no source or several, a missing column, or classes that differ between the splits.
+        FileNotFoundError: a folder or file that does not exist.
+    """
+    sources = {
+        "--dataset_name": [dataset_name],
+        "--train_dir/--validation_dir": [train_dir, validation_dir],
+        "--train_file/--validation_file": [train_file, validation_file],
+    }
+    given = [name for name, values in sources.items() if any(values)]
+    if len(given) != 1:
+        raise ValueError(f"Exactly one source of data is needed out of {', '.join(sources)}; got {given or 'none'}.")
+
+    if dataset_name:
+        splits = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        if "validation" not in splits and "test" in splits:
+            splits["validation"] = splits["test"]
+    else:
+        kind, train, validation = ("parquet", train_file, validation_file)
+        if train_dir or validation_dir:
+            kind, train, validation = ("imagefolder", train_dir, validation_dir)
+        paths = {name: path for name, path in (("train", train), ("validation", validation)) if path}
+        for path in paths.values():
+            if not Path(path).exists():
+                raise FileNotFoundError(f"{path} does not exist.")
+        pattern = "{}/**" if kind == "imagefolder" else "{}"
+        files = {name: pattern.format(path) for name, path in paths.items()}
+        splits = load_dataset(kind, data_files=files, cache_dir=cache_dir)
+
+    splits = DatasetDict({name: splits[name] for name in ("train", "validation") if name in splits})
+    splits = DatasetDict({name: _with_columns(split, image_column, label_column) for name, split in splits.items()})
+    if "train" in splits and "validation" not in splits and validation_split > 0:
+        held_out = splits["train"].train_test_split(validation_split, seed=seed)
+        splits = DatasetDict({"train": held_out["train"], "validation": held_out["test"]})
+    return _with_class_labels(splits, label_names)
+
+
+def _with_columns(split: Dataset, image_column: str | None, label_column: str | None) -> Dataset:
+    """Only "image" and "label", by those names."""
+    images = [name for name, feature in split.features.items() if isinstance(feature, Image)]
+    image_column = image_column or (images[0] if len(images) == 1 else "image")
+    label_column = label_column or ("labels" if "labels" in split.features else "label")
+    for option, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in split.features:
+            raise ValueError(f"--{option}={column!r} is not among the columns {list(split.features)}.")
+    split = split.select_columns([image_column, label_column])
+    renames = {image_column: "image", label_column: "label"}
+    split = split.rename_columns({old: new for old, new in renames.items() if old != new})
+    return split.cast_column("image", Image(mode="RGB"))
+
+
+def _with_class_labels(splits: DatasetDict, label_names: list[str] | None) -> DatasetDict:
+    """Labels as class numbers with names, the same in every split."""
+    for name, split in splits.items():
+        if not isinstance(split.features["label"], ClassLabel):
+            names = sorted({str(label) for label in split["label"]}, key=_numbers_first)
+            splits[name] = _renumber(split, names)
+    expected = label_names or next(iter(splits.values())).features["label"].names
+    for name, split in splits.items():
+        unknown = sorted(set(split.features["label"].names) - set(expected))
+        if unknown:
+            raise ValueError(f"The {name} set has the classes {unknown}, which are not among {expected}.")
+        if split.features["label"].names != expected:
+            splits[name] = _renumber(split, expected)
+    return splits
+
+
+def _renumber(split: Dataset, names: list[str]) -> Dataset:
+    """`split` with its labels as numbers of `names`."""
+    old, new = split.features["label"], ClassLabel(names=names)
+    text = old.int2str if isinstance(old, ClassLabel) else str
+    labels = [new.str2int(text(label)) for label in split["label"]]
+    return split.remove_columns("label").add_column("label", labels, feature=new)
+
+
+def _numbers_first(label: str) -> tuple:
+    return (0, int(label), "") if label.isdigit() else (1, 0, label)
+
+
+def make_image_transforms(image_processor, *, train: bool, flip: bool = True, min_crop: float = 0.08) -> Callable:
+    """PIL image -> (C, height, width) float tensor, normalised as `image_processor` says.
+
+    Args:
+        image_processor: gives size (height, width in pixels), mean and standard deviation.
+        train: random resized crop and flip (the "inception crop" of AugReg); else resize to 256/224 of the size and
+            crop the centre, or a plain resize for images of under 64 pixels, where nothing is to spare.
+        flip: mirror half of the training images.
+        min_crop: least share of the image's area that a training crop keeps.
+    """
+    size = (image_processor.size["height"], image_processor.size["width"])
+    normalise = [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(mean=image_processor.image_mean, std=image_processor.image_std),
+    ]
+    if train:
+        crop = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), antialias=True)]
+        return v2.Compose([*crop, *([v2.RandomHorizontalFlip()] if flip else []), *normalise])
+    if min(size) < 64:
+        return v2.Compose([v2.Resize(size, antialias=True), *normalise])
+    larger = round(max(size) * 256 / 224)
+    return v2.Compose([v2.Resize(larger, antialias=True), v2.CenterCrop(size), *normalise])
+
+
+def to_pixel_values(split: Dataset, transforms: Callable) -> Dataset:
+    """`split` whose rows are transformed when they are read: "pixel_values" and "labels"."""
+
+    def transform(batch):
+        return {"pixel_values": [transforms(image) for image in batch["image"]], "labels": batch["label"]}
+
+    return split.with_transform(transform)
+
+
+def collate_images(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows of `to_pixel_values` -> `pixel_values` (batch, C, height, width) and `labels` (batch,)."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }

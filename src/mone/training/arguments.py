@@ -1,0 +1,41 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""TrainingArguments, and what MoNE adds to them."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .schedules import CAPACITY_SCHEDULES
+
+
+@dataclass
+class MoNETrainingArguments(TrainingArguments):
+    capacity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Effective capacity of training with the fixed schedule, and of evaluation without "
+            "--eval_capacities, in [1/2**(E-1), 1]. Default: the model config's."
+        },
+    )
+    capacity_schedule: str = field(
+        default="fixed",
+        metadata={
+            "help": "fixed: every step at --capacity. uniform: every step at a capacity drawn from the paper's grid "
+            "0.15, 0.25, ..., 0.95, so that one model serves every budget.",
+            "choices": list(CAPACITY_SCHEDULES),
+        },
+    )
+    eval_capacities: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Evaluate at each of these. Metrics are named eval_capacity_0.4_accuracy; eval_accuracy and "
+            "eval_loss are then their means."
+        },
+    )
+    router_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of the routers and their alpha, which start at zero and move slowly. "
+            "Default: --learning_rate."
+        },
+    )

@@ -1,0 +1,108 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""transformers' Trainer with a capacity for every step and every evaluation."""
+
+from transformers import Trainer, TrainerCallback
+
+from ..capacity import relative_widths
+from ..flops import count_macs
+from ..routing import Router
+from .schedules import PAPER_GRID, capacity_at_step
+
+
+# What Trainer measures about an evaluation itself, and a mean over capacities should not hide.
+_SPEED_METRICS = ("_runtime", "_per_second", "_preparation_time")
+
+
+class ProjectAlpha(TrainerCallback):
+    """Put every router's alpha back into [0, 1) after each optimiser step."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.project_alpha_()
+
+
+class MoNETrainer(Trainer):
+    """Trainer for MoNE models; `args` is a [`MoNETrainingArguments`].
+
+    Each training step runs at the capacity of `args.capacity_schedule`, each evaluation at `args.eval_capacities`.
+    The routers may have their own learning rate, alpha has no weight decay, and `total_flos` counts what the model
+    computed at the capacities it ran at (forward and backward, two operations per multiply-accumulate).
+
+    Raises:
+        ValueError: when it is made, for a capacity that the model does not allow.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        config = self.model.config
+        self.capacity = config.capacity if self.args.capacity is None else self.args.capacity
+        for capacity in (self.capacity, *self.args.eval_capacities):
+            config.resolve_capacity(capacity)
+        # With fewer than four experts the smallest model is larger than the grid's first entries.
+        smallest = relative_widths(config.num_experts)[0]
+        self.grid = tuple(capacity for capacity in PAPER_GRID if capacity >= smallest)
+        self._eval_capacity = self.capacity
+        self.add_callback(ProjectAlpha())
+
+    def step_capacity(self) -> float:
+        """The capacity of the current optimiser step."""
+        return capacity_at_step(
+            self.args.capacity_schedule,
+            self.state.global_step,
+            capacity=self.capacity,
+            seed=self.args.seed,
+            grid=self.grid,
+        )
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, {**inputs, "capacity": self.step_capacity()}, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        return super().prediction_step(model, {**inputs, "capacity": self._eval_capacity}, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As Trainer's, at `args.eval_capacities` (default: one evaluation at `args.capacity`).
+
+        With several capacities the metrics of each are named `{prefix}_capacity_{capacity:g}_...`, and
+        `{prefix}_loss`, `{prefix}_accuracy`, ... are their means, by which the best checkpoint is chosen.
+        """
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        if several or not self.args.eval_capacities:  # Trainer calls this again for each of several data sets
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics, values = {}, {}
+        try:
+            for capacity in self.args.eval_capacities:
+                self._eval_capacity = capacity
+                prefix = f"{metric_key_prefix}_capacity_{capacity:g}"
+                result = super().evaluate(eval_dataset, ignore_keys, prefix)
+                metrics.update(result)
+                for key, value in result.items():
+                    if key.startswith(prefix) and not key.endswith(_SPEED_METRICS):
+                        values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
+        finally:
+            self._eval_capacity = self.capacity
+        means = {key: sum(entries) / len(entries) for key, entries in values.items()}
+        self.log(means)
+        return {**metrics, **means}
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]
+
+    def create_optimizer(self, model=None):
+        """As Trainer's; the routers go into groups of their own where `args.router_learning_rate` is given."""
+        created_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created_here and self.args.router_learning_rate is not None:
+            modules = (self.model if model is None else model).modules()
+            routers = {p for module in modules if isinstance(module, Router) for p in module.parameters()}
+            for group in list(optimizer.param_groups):
+                moved = [p for p in group["params"] if p in routers]
+                if moved:
+                    group["params"] = [p for p in group["params"] if p not in routers]
+                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.router_learning_rate})
+        return optimizer
+
+    def floating_point_ops(self, inputs) -> int:
+        """Operations of one training step on `inputs`: 2 per MAC, and twice the forward's for the backward."""
+        pixel_values = inputs["pixel_values"]
+        macs = count_macs(self.model.config, self.step_capacity(), image_size=tuple(pixel_values.shape[-2:]))
+        return 6 * macs * pixel_values.shape[0]
