@@ -23,16 +23,10 @@ class CapacityMixin:
     A call's `capacity` wins over the constructor's; with neither (`None`) the model takes `config.capacity`.
     """
 
-    # {model type: class name}, for the classes that transformers' list of supported models lacks
-    _mone_models: dict[str, str] = {}
-
     def __call__(self, inputs, **kwargs):
         # Before the stock call, which draws the first item of a generator or a data set.
         self._check_capacity(kwargs.get("capacity"))
         return super().__call__(inputs, **kwargs)
-
-    def check_model_type(self, supported_models):
-        super().check_model_type({**supported_models, **self._mone_models})
 
     def _sanitize_parameters(self, capacity=None, **kwargs):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
@@ -74,8 +68,6 @@ class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline
         ValueError: `capacity` is not allowed. Raised before any image is loaded.
         TypeError: `capacity` for a model that is not MoNE, or an unknown keyword, such as a misspelt one.
     """
-
-    _mone_models = {"mone": "MoNEForImageClassification"}
 
 
 def register_pipelines() -> None:

@@ -10,7 +10,6 @@ Axis letters: C channels, N patch tokens, E experts (0 = smallest). A grid is (r
 import math
 import numbers
 import os
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from torch import nn
 from transformers.image_utils import ImageInput, is_pil_image
 
 from .capacity import effective_capacity
-from .configuration_mone import as_pair
+from .configuration_mone import MoNEConfig, as_pair
 from .flops import count_macs
 
 
@@ -31,41 +30,45 @@ if TYPE_CHECKING:
     from .modeling_mone import MoNEPreTrainedModel
 
 # Brightness of a token that did not go to the full model.
-DIM = 0.25
+DIM = 0.3
 # Inches: width of a panel, gap between two, height of a text line. Points: size of the text.
 PANEL_WIDTH, GAP, LINE_HEIGHT, FONT_SIZE = 2.0, 0.06, 0.15, 8.5
 
 
-def full_model_mask(expert_indices: torch.Tensor, grid: tuple[int, int], num_experts: int) -> torch.Tensor:
-    """Which patches went to the full model, the largest expert.
+def patch_brightness(
+    expert_indices: torch.Tensor, grid: tuple[int, int], num_experts: int, all_experts: bool = False
+) -> torch.Tensor:
+    """How brightly to show every patch: 1 where the full model, the largest expert, processed it (Fig. 8).
 
     Args:
         expert_indices: (..., N) integers, one router's entry of a model output's `expert_indices`.
         grid: patches (vertically, horizontally), whose product is N.
         num_experts: E.
+        all_experts: one level for each expert, evenly from `DIM` for the smallest to 1, instead of `DIM` for all but
+            the full model.
 
     Returns:
-        (..., *grid) bool, row by row as in the image.
+        (..., *grid) float32, row by row as in the image.
 
     Raises:
         ValueError: N is not the size of the grid.
     """
     if expert_indices.shape[-1] != grid[0] * grid[1]:
         raise ValueError(f"{expert_indices.shape[-1]} tokens do not fill a grid of {grid[0]}x{grid[1]} patches.")
-    return (expert_indices == num_experts - 1).unflatten(-1, tuple(grid))
+    levels = torch.linspace(DIM, 1.0, num_experts) if all_experts else torch.full((num_experts,), DIM)
+    levels[-1] = 1.0
+    return levels[expert_indices.cpu()].unflatten(-1, tuple(grid))
 
 
-def dim_patches(pixels: torch.Tensor, mask: torch.Tensor, brightness: float = DIM) -> torch.Tensor:
-    """Darken the patches that `mask` leaves out; the others keep every pixel as it is (Fig. 8).
+def dim_patches(pixels: torch.Tensor, brightness: torch.Tensor) -> torch.Tensor:
+    """Multiply every patch of an image by its brightness; 1 keeps the pixels exactly.
 
     Args:
         pixels: (..., C, height, width).
-        mask: (..., rows, columns) bool, with the leading axes of `pixels`; rows and columns divide height and width.
-        brightness: factor of the pixels outside the mask.
+        brightness: (..., rows, columns), which divide height and width; leading axes as those of `pixels`.
     """
-    height, width = pixels.shape[-2] // mask.shape[-2], pixels.shape[-1] // mask.shape[-1]
-    keep = mask.repeat_interleave(height, -2).repeat_interleave(width, -1).unsqueeze(-3)
-    return torch.where(keep, pixels, pixels * brightness)
+    height, width = pixels.shape[-2] // brightness.shape[-2], pixels.shape[-1] // brightness.shape[-1]
+    return pixels * brightness.repeat_interleave(height, -2).repeat_interleave(width, -1).unsqueeze(-3)
 
 
 def draw_routed_tokens(
@@ -76,13 +79,14 @@ def draw_routed_tokens(
     path: str | os.PathLike | None = None,
     *,
     router: int = 0,
+    all_experts: bool = False,
     predictions: bool = False,
     interpolate_pos_encoding: bool = False,
 ) -> "Figure":
     """The tokens that the full model processes, in full colour; all others dark (paper, Figs. 1 and 8a).
 
-    One row per image: the image as the model sees it (resized, cropped, quantised by the processor), then one panel
-    per capacity. A column's title gives the capacity, the cost of one image and the share of tokens in the full model.
+    One row per image: the image as the model sees it, resized and cropped by the processor, then one panel per
+    capacity. A column's title gives the capacity, the cost of one image and the share of tokens in the full model.
 
     Args:
         model: an image model; it runs in eval mode, on its device, and gets its modes back.
@@ -91,6 +95,7 @@ def draw_routed_tokens(
         capacities: one column each; as the model's `capacity`. An arg-max router ignores them.
         path: also write the figure there, 150 dots per inch; the extension gives the format.
         router: number of the router whose decision is shown, for a model that has several; negative from the end.
+        all_experts: show the experts between by brightness too: the larger the expert, the brighter its tokens.
         predictions: write the label with the largest logit under every panel.
         interpolate_pos_encoding: as in the model's forward, for a processor of another size.
 
@@ -106,7 +111,7 @@ def draw_routed_tokens(
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images:
         raise ValueError("No image to draw: `images` is empty.")
-    if isinstance(capacities, str) or not isinstance(capacities, Sequence) or not capacities:
+    if isinstance(capacities, (str, numbers.Real)) or len(capacities) == 0:
         raise ValueError(f"capacities={capacities!r} must be a sequence of at least one capacity.")
     num_routers = len(config.router_layers)
     if not -num_routers <= router < num_routers:
@@ -133,11 +138,12 @@ def draw_routed_tokens(
                 output_router_logits=True,
                 return_dict=True,
             )
-            mask = full_model_mask(outputs.expert_indices[router].cpu(), grid, config.num_experts)
-            panels.append(dim_patches(pixels, mask))
+            experts = outputs.expert_indices[router].cpu()
+            panels.append(dim_patches(pixels, patch_brightness(experts, grid, config.num_experts, all_experts)))
+            share = (experts == config.num_experts - 1).float().mean().item()
             titles.append(
                 f"{_capacity_name(capacity)}\n{_number(count_macs(config, capacity, size) / 1e9)} GMACs\n"
-                f"{_number(100 * mask.float().mean().item())}% in full model"
+                f"{_number(100 * share)}% in full model"
             )
             if predictions:
                 labels.append([_label(config, index) for index in outputs.logits.argmax(-1).tolist()])
@@ -171,7 +177,7 @@ def draw_routed_tokens(
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if predictions:
-                ax.set_xlabel(labels[column][row], fontsize=FONT_SIZE, labelpad=36 * GAP)
+                ax.set_xlabel(labels[column][row], fontsize=FONT_SIZE, labelpad=36 * GAP, parse_math=False)
     return _saved(figure, path)
 
 
@@ -220,9 +226,11 @@ def plot_accuracy_against_compute(rows: Sequence[dict], path: str | os.PathLike 
             ax.plot(*zip(*nested, strict=True), marker="o", markersize=5, color=colour, label=name)
         for point, capacity in zip(nested, capacities, strict=True):
             value = capacity if isinstance(capacity, numbers.Real) else effective_capacity(capacity)
-            # Right below the point: a curve that rises and flattens leaves that side free.
-            text = ax.annotate(f"{value:.3g}", point, (4, -4), textcoords="offset points", va="top", color=colour)
-            text.set(fontsize=FONT_SIZE, path_effects=[withStroke(linewidth=2, foreground="white")])
+            # Right below the point, where a curve that rises and flattens leaves room; under lines and points.
+            text = ax.annotate(
+                f"{value:.3g}", point, (4, -4), textcoords="offset points", va="top", color=colour, zorder=1.5
+            )
+            text.set(fontsize=FONT_SIZE, path_effects=[withStroke(linewidth=4, foreground="white")])
         if dense:
             label = f"{name} (dense)" if nested else name
             ax.plot(*zip(*dense, strict=True), "*", markersize=13, color=colour, label=label)
@@ -232,6 +240,7 @@ def plot_accuracy_against_compute(rows: Sequence[dict], path: str | os.PathLike 
     ax.set_ylabel("Accuracy (%)")
     ax.margins(0.08)
     ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="lower right", frameon=False)
     return _saved(figure, path)
@@ -259,7 +268,10 @@ def _saved(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
 
 
 def _displayable(pixel_values: torch.Tensor, image_processor: "BaseImageProcessor") -> torch.Tensor:
-    """(batch, C, height, width) as a processor makes them -> float32 in [0, 1], its last two steps undone."""
+    """(batch, C, height, width) as a processor makes them -> float32 in [0, 1], its last two steps undone.
+
+    A processor that does not rescale is taken to get images in [0, 1].
+    """
     pixels = pixel_values.cpu().float()
     if pixels.shape[1] not in (1, 3):
         raise ValueError(f"Images of {pixels.shape[1]} channels cannot be drawn; 1 (grey) and 3 (RGB) can.")
@@ -289,10 +301,10 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 
 def _capacity_name(capacity: float | Sequence[float]) -> str:
-    """ "capacity 0.4"; of a distribution its shares."""
+    """Such as "capacity 0.4"; of a distribution its shares."""
     if isinstance(capacity, numbers.Real):
         return f"capacity {capacity:g}"
-    return "shares " + ", ".join(f"{share:.2g}" for share in capacity)
+    return "shares " + "/".join(f"{share:.2g}" for share in capacity)
 
 
 def _number(value: float) -> str:
@@ -300,6 +312,7 @@ def _number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.10g}"
 
 
-def _label(config, index: int) -> str:
+def _label(config: MoNEConfig, index: int) -> str:
     """Name of a class, short enough for a panel. ImageNet's names list synonyms after a comma."""
-    return textwrap.shorten(str(config.id2label.get(index, index)).split(",")[0], 30, placeholder="…")
+    name = str(config.id2label.get(index, index)).split(",")[0]
+    return name if len(name) <= 26 else name[:25] + "…"

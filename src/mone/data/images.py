@@ -57,19 +57,29 @@ def load_image_datasets(
         if "validation" not in splits and "test" in splits:
             splits["validation"] = splits["test"]
     else:
-        kind, train, validation = ("parquet", train_file, validation_file)
-        if train_dir or validation_dir:
-            kind, train, validation = ("imagefolder", train_dir, validation_dir)
-        paths = {name: path for name, path in (("train", train), ("validation", validation)) if path}
+        paths = {"train": train_file or train_dir, "validation": validation_file or validation_dir}
+        paths = {name: path for name, path in paths.items() if path}
         for path in paths.values():
             if not Path(path).exists():
                 raise FileNotFoundError(f"{path} does not exist.")
-        pattern = "{}/**" if kind == "imagefolder" else "{}"
-        files = {name: pattern.format(path) for name, path in paths.items()}
-        splits = load_dataset(kind, data_files=files, cache_dir=cache_dir)
+        folders = bool(train_dir or validation_dir)
+        # One by one: read together, folders would share the names of all their classes, and a class that only the
+        # validation set has would go unnoticed. A folder with a single class keeps its labels.
+        kind, options = ("imagefolder", {"drop_labels": False}) if folders else ("parquet", {})
+        splits = {
+            name: load_dataset(
+                kind, data_files=f"{path}/**" if folders else path, split="train", cache_dir=cache_dir, **options
+            )
+            for name, path in paths.items()
+        }
 
-    splits = DatasetDict({name: splits[name] for name in ("train", "validation") if name in splits})
-    splits = DatasetDict({name: _with_columns(split, image_column, label_column) for name, split in splits.items()})
+    splits = DatasetDict(
+        {
+            name: _with_columns(splits[name], image_column, label_column)
+            for name in ("train", "validation")
+            if name in splits
+        }
+    )
     if "train" in splits and "validation" not in splits and validation_split > 0:
         held_out = splits["train"].train_test_split(validation_split, seed=seed)
         splits = DatasetDict({"train": held_out["train"], "validation": held_out["test"]})

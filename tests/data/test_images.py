@@ -1,0 +1,151 @@
+"""Image data sets from folders and parquet files, and their transforms."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from transformers import ViTImageProcessor
+
+from mone.data import collate_images, load_image_datasets, make_image_transforms, to_pixel_values
+
+
+def picture(seed: int, size=(12, 10), mode="RGB") -> PILImage.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return PILImage.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return str(tmp_path / "cache")
+
+
+def write_folder(root, classes, per_class=3, mode="RGB"):
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            picture(10 * number + i, mode=mode).save(root / name / f"{i}.png")
+    return str(root)
+
+
+def write_parquet(path, labels, label_feature, image_column="image", label_column="label"):
+    features = Features({image_column: Image(), label_column: label_feature})
+    images = [picture(i) for i in range(len(labels))]
+    Dataset.from_dict({image_column: images, label_column: labels}, features=features).to_parquet(str(path))
+    return str(path)
+
+
+def test_folders(tmp_path, cache):
+    splits = load_image_datasets(
+        train_dir=write_folder(tmp_path / "train", ["cat", "dog", "emu"]),
+        validation_dir=write_folder(tmp_path / "validation", ["dog", "emu"], per_class=1, mode="L"),
+        cache_dir=cache,
+    )
+    assert {name: len(split) for name, split in splits.items()} == {"train": 9, "validation": 2}
+    # The validation folder lacks a class: its numbers must still be those of the training set.
+    assert splits["validation"].features["label"].names == ["cat", "dog", "emu"]
+    assert sorted(splits["validation"]["label"]) == [1, 2]
+    assert splits["validation"][0]["image"].mode == "RGB"
+
+
+def test_a_class_that_only_validation_has(tmp_path, cache):
+    with pytest.raises(ValueError, match=r"validation set has the classes \['fox'\].*\['cat', 'dog'\]"):
+        load_image_datasets(
+            train_dir=write_folder(tmp_path / "train", ["cat", "dog"]),
+            validation_dir=write_folder(tmp_path / "validation", ["cat", "fox"]),
+            cache_dir=cache,
+        )
+
+
+def test_held_out_split_is_reproducible(tmp_path, cache):
+    folder = write_folder(tmp_path / "train", ["cat", "dog"], per_class=10)
+    splits = [load_image_datasets(train_dir=folder, validation_split=0.25, seed=3, cache_dir=cache) for _ in range(2)]
+    assert [len(splits[0][name]) for name in ("train", "validation")] == [15, 5]
+    pixels = [np.asarray(split["validation"][0]["image"]) for split in splits]
+    assert np.array_equal(*pixels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "names"),
+    [
+        ([1, 0, 1], ClassLabel(names=["b", "a"]), ["b", "a"]),
+        (["x", "y", "x"], Value("string"), ["x", "y"]),
+        ([10, 9, 10], Value("int64"), ["9", "10"]),  # numbers in the order of numbers, not of their digits
+    ],
+)
+def test_parquet_labels_of_every_kind(tmp_path, cache, labels, feature, names):
+    splits = load_image_datasets(
+        train_file=write_parquet(tmp_path / "train.parquet", labels, feature),
+        validation_file=write_parquet(tmp_path / "validation.parquet", labels, feature),
+        cache_dir=cache,
+    )
+    for split in splits.values():
+        assert split.features["label"].names == names
+        original = [names[label] if isinstance(feature, ClassLabel) else str(label) for label in labels]
+        assert [names[label] for label in split["label"]] == original
+        assert np.array_equal(np.asarray(split[2]["image"]), np.asarray(picture(2)))
+
+
+def test_columns_by_name_and_the_error_that_lists_them(tmp_path, cache):
+    file = write_parquet(tmp_path / "t.parquet", [0, 1], ClassLabel(names=["a", "b"]), "img", "fine_label")
+    splits = load_image_datasets(train_file=file, validation_split=0, label_column="fine_label", cache_dir=cache)
+    assert list(splits) == ["train"]
+    assert set(splits["train"].column_names) == {"image", "label"}
+    with pytest.raises(ValueError, match=r"--label_column='label'.*\['img', 'fine_label'\]"):
+        load_image_datasets(train_file=file, cache_dir=cache)
+
+
+def test_labels_of_an_existing_model(tmp_path, cache):
+    """Evaluation only: the numbers are the model's, whatever classes the folder happens to have."""
+    splits = load_image_datasets(
+        validation_dir=write_folder(tmp_path / "v", ["dog"]), label_names=["emu", "dog"], cache_dir=cache
+    )
+    assert set(splits["validation"]["label"]) == {1}
+
+
+def test_sources_that_are_no_source(tmp_path, cache):
+    with pytest.raises(ValueError, match="got none"):
+        load_image_datasets()
+    with pytest.raises(ValueError, match=r"--dataset_name.*--train_dir"):
+        load_image_datasets(dataset_name="cifar10", train_dir="here")
+    with pytest.raises(FileNotFoundError, match=r"no/such\.parquet does not exist"):
+        load_image_datasets(train_file="no/such.parquet")
+
+
+def test_evaluation_transform_equals_the_image_processor():
+    """Small images are resized as the pipeline's processor does it, so that both see the same pixels."""
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    image = picture(0, size=(48, 48))
+    expected = processor(images=image, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(make_image_transforms(processor, train=False)(image), expected, atol=0.02, rtol=0)
+
+
+def test_large_images_are_cropped_in_the_centre():
+    processor = ViTImageProcessor(size={"height": 224, "width": 224})
+    image = PILImage.new("RGB", (256, 256), "black")
+    image.paste("white", (16, 16, 240, 240))
+    pixels = make_image_transforms(processor, train=False)(image)
+    assert pixels.shape == (3, 224, 224)
+    assert (pixels == 1).all(), "the border is outside of the central 224 of 256 pixels"
+
+
+def test_training_transform_flips_only_when_asked():
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    image = PILImage.new("RGB", (8, 8), "black")
+    image.paste("white", (0, 0, 4, 8))
+    for flip, sides in ((True, {True, False}), (False, {True})):
+        augment = make_image_transforms(processor, train=True, flip=flip, min_crop=1.0)
+        torch.manual_seed(0)
+        pixels = [augment(image) for _ in range(30)]
+        assert {bool(x[0, 4, 0] > x[0, 4, 7]) for x in pixels if x[0, 4, 0] != x[0, 4, 7]} == sides
+
+
+def test_rows_and_batches(tmp_path, cache):
+    splits = load_image_datasets(
+        train_dir=write_folder(tmp_path / "t", ["cat", "dog"]), validation_split=0, cache_dir=cache
+    )
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    data = to_pixel_values(splits["train"], make_image_transforms(processor, train=False))
+    batch = collate_images([data[i] for i in (0, 5)])
+    assert batch["pixel_values"].shape == (2, 3, 8, 8)
+    assert batch["labels"].tolist() == [0, 1]

@@ -1,0 +1,164 @@
+"""The fine-tuning script as a user runs it, on digits as image folders and parquet files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from mone import MoNEForImageClassification, count_macs
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import train_image_classification as script  # noqa: E402
+
+
+TINY = (
+    "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,image_size=16,patch_size=4,"
+    "layer_norm_eps=1e-6"
+)
+QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]
+
+
+def digits(count):
+    data = load_digits()
+    images = [PILImage.fromarray((pixels * 15.9).astype("uint8")).convert("RGB") for pixels in data.images[:count]]
+    return images, data.target[:count].tolist()
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parquet")
+    images, labels = digits(400)
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
+    for name, part in (("train", slice(0, 300)), ("validation", slice(300, 400))):
+        rows = {"image": images[part], "label": labels[part]}
+        Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{name}.parquet"))
+    return ["--train_file", str(folder / "train.parquet"), "--validation_file", str(folder / "validation.parquet")]
+
+
+def test_a_new_model_learns_and_can_be_loaded(tmp_path, parquet):
+    metrics = script.main(
+        [
+            *parquet,
+            *("--config_overrides", TINY, "--do_train", "--do_eval", "--output_dir", str(tmp_path / "out")),
+            *("--capacity_schedule", "uniform", "--eval_capacities", "0.2", "0.5", "1.0", "--num_train_epochs", "12"),
+            *("--per_device_train_batch_size", "32", "--learning_rate", "5e-3", "--router_learning_rate", "2e-2"),
+            *("--flip", "false", "--min_crop", "0.8", "--warmup_steps", "5", "--save_strategy", "no"),
+            *("--cache_dir", str(tmp_path / "cache"), *QUIET),
+        ]
+    )
+    for capacity in ("0.2", "0.5", "1"):
+        assert metrics[f"eval_capacity_{capacity}_accuracy"] > 0.4, "chance is 0.1"
+    model = MoNEForImageClassification.from_pretrained(tmp_path / "out")
+    assert metrics["eval_capacity_0.2_gmacs"] == count_macs(model.config, 0.2) / 1e9
+    assert model.config.id2label[7] == "7"
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"] == metrics["eval_accuracy"]
+
+
+def test_a_vit_checkpoint_from_folders_with_sample_limits(tmp_path):
+    images, labels = digits(60)
+    for split, part in (("train", slice(0, 40)), ("validation", slice(40, 60))):
+        for number, (image, label) in enumerate(zip(images[part], labels[part], strict=True)):
+            path = tmp_path / split / str(label) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    metrics = script.main(
+        [
+            *("--train_dir", str(tmp_path / "train"), "--validation_dir", str(tmp_path / "validation")),
+            *(
+                "--model_name_or_path",
+                str(tmp_path / "vit"),
+                "--output_dir",
+                str(tmp_path / "out"),
+                "--capacity",
+                "0.4",
+            ),
+            *("--max_train_samples", "16", "--max_eval_samples", "8", "--num_train_epochs", "1"),
+            *("--do_train", "--do_eval", "--cache_dir", str(tmp_path / "cache"), *QUIET),
+        ]
+    )
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    model = MoNEForImageClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.num_labels, model.config.pooling) == (10, "cls")
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2, "16 images in batches of 8"
+    # Once more, from the MoNE and without training: evaluation alone gives the same numbers.
+    again = script.main(
+        [
+            *("--validation_dir", str(tmp_path / "validation"), "--model_name_or_path", str(tmp_path / "out")),
+            *("--output_dir", str(tmp_path / "eval"), "--capacity", "0.4", "--max_eval_samples", "8", "--do_eval"),
+            *("--cache_dir", str(tmp_path / "cache"), *QUIET),
+        ]
+    )
+    assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
+    """SIGKILL in the middle, the same command again: the parameters of a run that was never killed."""
+    arguments = [
+        *parquet,
+        *("--config_overrides", TINY, "--do_train", "--num_train_epochs", "4", "--per_device_train_batch_size", "32"),
+        *("--capacity_schedule", "uniform", "--save_steps", "5", "--cache_dir", str(tmp_path / "cache"), *QUIET),
+    ]
+    script.main([*arguments, "--output_dir", str(tmp_path / "whole")])
+
+    command = [sys.executable, str(ROOT / "scripts" / "train_image_classification.py"), *arguments]
+    command += ["--output_dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    # trainer_state.json is the last file of a checkpoint.
+    while not (tmp_path / "killed" / "checkpoint-5" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "killed too late to show anything"
+
+    script.main([*arguments, "--output_dir", str(tmp_path / "killed")])
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
+    for name, value in weights[0].items():
+        assert np.array_equal(value.numpy(), weights[1][name].numpy()), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config_overrides", TINY, "--capacity", "1.2"], r"capacity=1\.2 .*\[0\.125, 1\]"),
+        (["--config_overrides", "hidden_size=36,num_attention_heads=2"], r"hidden_size=36 .* 8"),
+        (["--config_overrides", "hiden_size=64"], "hiden_size"),
+        ([], "--model_name_or_path or --config_overrides"),
+    ],
+)
+def test_bad_arguments_are_found_before_training(tmp_path, parquet, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        script.main([*parquet, *arguments, "--do_train", "--output_dir", str(tmp_path), *QUIET])
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_missing_validation_set_is_named(tmp_path, parquet):
+    with pytest.raises(ValueError, match="No validation set is given, but --do_eval needs one"):
+        script.main(
+            [
+                *(*parquet[:2], "--validation_split", "0", "--config_overrides", TINY, "--do_eval", "--do_train"),
+                *("--output_dir", str(tmp_path), *QUIET),
+            ]
+        )

@@ -1,0 +1,488 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Pictures are read back from the figures and compared with routing decisions fetched from the model itself."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor, ViTImageProcessorPil
+
+from mone import MoNEConfig, MoNEForImageClassification, MoNEModel, count_macs
+from mone.capacity import resolve_capacity, tokens_per_expert
+from mone.visualization import DIM, dim_patches, draw_routed_tokens, patch_brightness, plot_accuracy_against_compute
+
+
+pytest.importorskip("matplotlib")
+
+MEAN, STD = [0.48, 0.45, 0.40], [0.22, 0.23, 0.24]
+
+
+def make_model(cls=MoNEForImageClassification, **kwargs):
+    torch.manual_seed(0)
+    defaults = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": (32, 48),
+        "patch_size": (8, 4),
+        "num_labels": 3,
+        "initializer_range": 0.5,  # so that tokens of different pixels get different router logits
+    }
+    return cls(MoNEConfig(**(defaults | kwargs))).eval()
+
+
+def make_processor(cls=ViTImageProcessor, channels=3, size=(32, 48), **kwargs):
+    size = {"height": size[0], "width": size[1]}
+    return cls(size=size, image_mean=MEAN[:channels], image_std=STD[:channels], **kwargs)
+
+
+def make_images(number=2, size=(32, 48), channels=3, seed=0):
+    """Random pictures without black, so that a dimmed pixel is darker than its original."""
+    shape = (*size, channels) if channels > 1 else size
+    rng = np.random.default_rng(seed)
+    return [Image.fromarray(rng.integers(30, 256, shape, dtype=np.uint8)) for _ in range(number)]
+
+
+def panels(figure, columns):
+    """The pictures in a figure, one list of (height, width, 3) arrays per row."""
+    shown = [np.asarray(ax.images[0].get_array()) for ax in figure.axes]
+    assert len(shown) % columns == 0
+    return [shown[i : i + columns] for i in range(0, len(shown), columns)]
+
+
+def as_array(image):
+    """(height, width, 3) in [0, 1] of a picture that needs no resizing."""
+    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+
+
+def route(model, processor, images, capacity, router=0):
+    """(batch, N) experts, straight from the model."""
+    with torch.no_grad():
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        outputs = model(pixel_values, capacity=capacity, output_router_logits=True)
+    return outputs.expert_indices[router].numpy()
+
+
+def check_panel(panel, image, experts, patch, num_experts=4):
+    """Walk over the patches one by one: those of the full model keep their pixels, others are DIM times them."""
+    rows, columns = image.shape[0] // patch[0], image.shape[1] // patch[1]
+    bright = 0
+    for token in range(rows * columns):
+        top, left = token // columns * patch[0], token % columns * patch[1]
+        shown = panel[top : top + patch[0], left : left + patch[1]]
+        original = image[top : top + patch[0], left : left + patch[1]]
+        if experts[token] == num_experts - 1:
+            bright += 1
+            np.testing.assert_allclose(shown, original, atol=1e-6)
+        else:
+            np.testing.assert_allclose(shown, DIM * original, atol=1e-6)
+            assert (shown < original).all()
+    return bright
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def test_patch_brightness_fills_the_grid_row_by_row():
+    experts = torch.tensor([[0, 1, 2, 2, 2, 0], [2, 0, 0, 1, 1, 2]])
+    brightness = patch_brightness(experts, (2, 3), num_experts=3)
+    assert brightness.tolist() == pytest.approx(
+        np.array([[[DIM, DIM, 1], [1, 1, DIM]], [[1, DIM, DIM], [DIM, DIM, 1]]])
+    )
+    middle = (1 + DIM) / 2
+    every = patch_brightness(experts[0], (2, 3), num_experts=3, all_experts=True)
+    assert every.flatten().tolist() == pytest.approx([DIM, middle, 1, 1, 1, DIM])
+
+
+def test_patch_brightness_of_one_expert_is_one():
+    for all_experts in (False, True):
+        assert patch_brightness(torch.zeros(4, dtype=torch.long), (2, 2), 1, all_experts).tolist() == [[1, 1], [1, 1]]
+
+
+def test_patch_brightness_refuses_another_grid():
+    with pytest.raises(ValueError, match="6 tokens do not fill a grid of 2x2"):
+        patch_brightness(torch.zeros(1, 6, dtype=torch.long), (2, 2), 4)
+
+
+def test_dim_patches_of_a_video_frame_by_frame():
+    pixels = torch.rand(2, 5, 3, 4, 9)  # batch, frames, channels, height, width
+    brightness = torch.rand(2, 5, 2, 3)
+    shown = dim_patches(pixels, brightness)
+    assert torch.equal(shown[1, 4, :, 2:4, 3:6], pixels[1, 4, :, 2:4, 3:6] * brightness[1, 4, 1, 1])
+    assert torch.equal(shown[0, 2, :, 0:2, 6:9], pixels[0, 2, :, 0:2, 6:9] * brightness[0, 2, 0, 2])
+
+
+# --- routed tokens --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("processor_class", [ViTImageProcessor, ViTImageProcessorPil])
+def test_full_model_tokens_keep_their_pixels(pooling, processor_class):
+    model, processor, images = make_model(pooling=pooling), make_processor(processor_class), make_images()
+    capacities = [0.3, 0.7, (0.25, 0.25, 0.25, 0.25)]
+    figure = draw_routed_tokens(model, processor, images, capacities)
+    shown = panels(figure, columns=4)
+    assert len(shown) == 2
+    for row, image in zip(shown, images, strict=True):
+        np.testing.assert_allclose(row[0], as_array(image), atol=1e-6)
+    for column, capacity in enumerate(capacities, start=1):
+        experts = route(model, processor, images, capacity)
+        expected = tokens_per_expert(resolve_capacity(capacity), 4 * 12)[-1]
+        assert 0 < expected < 48
+        assert not (experts[0] == experts[1]).all()  # else swapped rows would pass
+        for row, image, tokens in zip(shown, images, experts, strict=True):
+            assert check_panel(row[column], as_array(image), tokens, (8, 4)) == expected
+
+
+def test_whole_image_is_bright_at_capacity_one():
+    images = make_images(1)
+    (row,) = panels(draw_routed_tokens(make_model(), make_processor(), images, [1.0]), columns=2)
+    np.testing.assert_array_equal(row[1], row[0])
+
+
+def test_no_token_is_bright_at_the_smallest_capacity():
+    images = make_images(1)
+    figure = draw_routed_tokens(make_model(), make_processor(), images, [0.125])
+    (row,) = panels(figure, columns=2)
+    np.testing.assert_allclose(row[1], DIM * as_array(images[0]), atol=1e-6)
+    assert figure.axes[1].get_title().endswith("\n0% in full model")
+
+
+def test_all_experts_have_levels_between():
+    model, processor, images = make_model(), make_processor(), make_images(1)
+    (row,) = panels(draw_routed_tokens(model, processor, images, [0.4], all_experts=True), columns=2)
+    experts = route(model, processor, images, 0.4)[0].reshape(4, 12)
+    levels = np.array([DIM, DIM + (1 - DIM) / 3, DIM + (1 - DIM) * 2 / 3, 1])
+    factor = np.kron(levels[experts], np.ones((8, 4)))[..., None]
+    np.testing.assert_allclose(row[1], as_array(images[0]) * factor, atol=1e-6)
+
+
+def test_grey_model_takes_any_picture_and_keeps_its_contrast():
+    model, processor = make_model(num_channels=1), make_processor(channels=1)
+    grey = make_images(1, channels=1)[0]
+    colour = make_images(1)[0]
+    shown = panels(draw_routed_tokens(model, processor, [grey, colour], [0.5]), columns=2)
+    pictures = [grey, colour.convert("L")]
+    experts = route(model, processor, pictures, 0.5)
+    for row, image, tokens in zip(shown, pictures, experts, strict=True):
+        assert row[0].shape == (32, 48, 3)
+        np.testing.assert_allclose(row[0], as_array(image), atol=1e-6)
+        assert check_panel(row[1], as_array(image), tokens, (8, 4)) > 0
+
+
+def test_rgb_model_takes_grey_and_transparent_pictures():
+    grey = make_images(1, channels=1)[0]
+    shown = panels(draw_routed_tokens(make_model(), make_processor(), [grey, grey.convert("RGBA")], [0.5]), columns=2)
+    for row in shown:
+        np.testing.assert_allclose(row[0], as_array(grey), atol=1e-6)
+
+
+def test_picture_is_what_the_processor_makes_of_it():
+    """A resized image is shown as the model sees it, whatever the processor's scaling."""
+    images = make_images(1, size=(70, 50))
+    reference = None
+    for kwargs in ({}, {"do_normalize": False}, {"rescale_factor": 1 / 127.5}):
+        figure = draw_routed_tokens(make_model(), make_processor(**kwargs), images, [0.5])
+        picture = panels(figure, columns=2)[0][0]
+        assert picture.shape == (32, 48, 3)
+        reference = picture if reference is None else reference
+        np.testing.assert_allclose(picture, reference, atol=1e-5)
+    expected = as_array(images[0].resize((48, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(reference, expected, atol=1.5 / 255)
+
+
+def test_one_image_and_arrays():
+    image = make_images(1)[0]
+    for given in (image, np.array(image), [np.array(image)], torch.tensor(np.array(image)).permute(2, 0, 1)):
+        (row,) = panels(draw_routed_tokens(make_model(), make_processor(), given, np.array([0.5])), columns=2)
+        np.testing.assert_allclose(row[0], as_array(image), atol=1e-6)
+    batch = np.stack([np.asarray(image)] * 3)
+    assert len(panels(draw_routed_tokens(make_model(), make_processor(), batch, [0.5]), columns=2)) == 3
+
+
+def test_another_router():
+    model, processor, images = make_model(router_layers=(0, 1)), make_processor(), make_images(1)
+    decisions = [route(model, processor, images, 0.5, router)[0] for router in (0, 1)]
+    assert not (decisions[0] == decisions[1]).all()
+    for router in (0, 1, -1):
+        (row,) = panels(draw_routed_tokens(model, processor, images, [0.5], router=router), columns=2)
+        check_panel(row[1], as_array(images[0]), decisions[router], (8, 4))
+
+
+def test_another_image_size():
+    model, processor, images = make_model(), make_processor(size=(64, 40)), make_images(1, size=(64, 40))
+    with pytest.raises(ValueError, match="interpolate_pos_encoding"):
+        draw_routed_tokens(model, processor, images, [0.5])
+    figure = draw_routed_tokens(model, processor, images, [0.5], interpolate_pos_encoding=True)
+    expected = tokens_per_expert(resolve_capacity(0.5), 8 * 10)[-1]
+    bright = np.isclose(panels(figure, columns=2)[0][1], as_array(images[0])).all(axis=-1).sum()
+    assert bright == expected * 8 * 4
+    gmacs = count_macs(model.config, 0.5, (64, 40)) / 1e9
+    assert float(figure.axes[1].get_title().split("\n")[1].split()[0]) == pytest.approx(gmacs, rel=5e-3)
+
+
+def test_titles_give_capacity_cost_and_share():
+    model = make_model()
+    figure = draw_routed_tokens(model, make_processor(), make_images(), [0.4, (0.5, 0, 0, 0.5)])
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0] == "model input"
+    assert not any(titles[3:])
+    capacity, gmacs, share = titles[1].split("\n")
+    assert capacity == "capacity 0.4"
+    assert gmacs.endswith(" GMACs")
+    assert float(gmacs.split()[0]) == pytest.approx(count_macs(model.config, 0.4) / 1e9, rel=5e-3)
+    assert "e" not in gmacs.split()[0]
+    tokens = tokens_per_expert(resolve_capacity(0.4), 48)[-1]
+    assert share.endswith("% in full model")
+    assert float(share.split("%")[0]) == pytest.approx(100 * tokens / 48, rel=5e-3)
+    assert titles[2].startswith("shares 0.5/0/0/0.5\n")
+    assert titles[2].endswith("\n50% in full model")
+
+
+def test_random_and_argmax_routers():
+    images = make_images(1)
+    (row,) = panels(draw_routed_tokens(make_model(router_type="random"), make_processor(), images, [0.5]), columns=2)
+    bright = np.isclose(row[1], as_array(images[0])).all(axis=-1).sum()
+    assert bright == tokens_per_expert(resolve_capacity(0.5), 48)[-1] * 8 * 4
+
+    model, processor = make_model(router_type="argmax"), make_processor()
+    images = make_images(2)
+    figure = draw_routed_tokens(model, processor, images, [0.5])
+    experts = route(model, processor, images, 0.5)
+    bright = [
+        check_panel(row[1], as_array(image), tokens, (8, 4))
+        for row, image, tokens in zip(panels(figure, columns=2), images, experts, strict=True)
+    ]
+    share = float(figure.axes[1].get_title().split("\n")[2].split("%")[0])
+    assert share == pytest.approx(100 * sum(bright) / (2 * 48), rel=5e-3, abs=1e-6)
+
+
+def test_predictions_are_the_models():
+    names = {0: "plain", 1: "tabby, tabby cat", 2: "a $name$ of more than twenty-six letters"}
+    model, processor, images = make_model(id2label=names), make_processor(), make_images(6)
+    with torch.no_grad():
+        model.classifier.weight.mul_(20)
+        inputs = processor(images, return_tensors="pt")["pixel_values"]
+        expected = [model(inputs, capacity=c).logits.argmax(-1).tolist() for c in (0.2, 1.0)]
+    figure = draw_routed_tokens(model, processor, images, [0.2, 1.0], predictions=True)
+    short = {0: "plain", 1: "tabby", 2: "a $name$ of more than twe…"}
+    labels = np.array([ax.get_xlabel() for ax in figure.axes]).reshape(6, 3)
+    assert (labels[:, 0] == "").all()
+    assert labels[:, 1].tolist() == [short[i] for i in expected[0]]
+    assert labels[:, 2].tolist() == [short[i] for i in expected[1]]
+    assert len(set(labels[:, 1:].flatten())) > 1
+    figure.canvas.draw()
+
+    plain = draw_routed_tokens(model, processor, images[:1], [0.2])
+    assert not any(ax.get_xlabel() for ax in plain.axes)
+
+
+def test_base_model_draws_the_same_tokens():
+    images, processor = make_images(1), make_processor()
+    model = make_model()
+    drawn = [panels(draw_routed_tokens(m, processor, images, [0.5]), columns=2)[0][1] for m in (model, model.mone)]
+    np.testing.assert_array_equal(*drawn)
+    with pytest.raises(ValueError, match="MoNEModel"):
+        draw_routed_tokens(make_model(MoNEModel), processor, images, [0.5], predictions=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, processor, images = make_model().to(dtype), make_processor(), make_images(1)
+    (row,) = panels(draw_routed_tokens(model, processor, images, [0.5]), columns=2)
+    np.testing.assert_allclose(row[0], as_array(images[0]), atol=1e-6)
+    check_panel(row[1], as_array(images[0]), route(model, processor, images, 0.5)[0], (8, 4))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_the_gpu():
+    model, processor, images = make_model(), make_processor(), make_images(1)
+    (row,) = panels(draw_routed_tokens(model, processor, images, [0.5]), columns=2)
+    (moved,) = panels(draw_routed_tokens(model.cuda(), processor, images, [0.5]), columns=2)
+    np.testing.assert_array_equal(moved[0], row[0])
+    assert check_panel(moved[1], as_array(images[0]), route(model.cpu(), processor, images, 0.5)[0], (8, 4)) > 0
+
+
+def test_model_is_left_as_it_was():
+    model, processor, images = make_model(hidden_dropout_prob=0.9), make_processor(), make_images(1)
+    in_eval = draw_routed_tokens(model, processor, images, [0.5])
+    model.train()
+    model.mone.layers[0].eval()  # frozen
+    before = [module.training for module in model.modules()]
+    seen = []
+    handle = model.mone.layers[1].register_forward_hook(
+        lambda module, args, output: seen.append((module.training, output.requires_grad))
+    )
+    in_train = draw_routed_tokens(model, processor, images, [0.5])
+    handle.remove()
+    assert seen == [(False, False)]
+    assert [module.training for module in model.modules()] == before
+    for ours, reference in zip(in_train.axes, in_eval.axes, strict=True):
+        np.testing.assert_array_equal(ours.images[0].get_array(), reference.images[0].get_array())
+
+    # Also where the model fails, here for images of another size.
+    with pytest.raises(ValueError, match="Image size"):
+        draw_routed_tokens(model, make_processor(size=(64, 40)), images, [0.5])
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_written_file_shows_the_panels(tmp_path):
+    """The PNG itself: its size, and the colour in the middle of every patch of the last panel."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(60, 256, (4, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(colours.repeat(8, axis=0).repeat(8, axis=1))
+    model, processor = make_model(patch_size=8), make_processor()
+    path = tmp_path / "tokens.png"
+    figure = draw_routed_tokens(model, processor, [image], [0.3, 0.5], path)
+    with Image.open(path) as written:
+        assert written.format == "PNG"
+        assert written.size == pytest.approx(tuple(figure.get_size_inches() * 150), abs=1)  # whole pixels
+        written = np.asarray(written.convert("RGB")).astype(int)
+    experts = route(model, processor, [image], 0.5)[0].reshape(4, 6)
+    box = figure.axes[-1].get_window_extent()
+    assert box.width == pytest.approx(300)
+    assert box.height == pytest.approx(200)
+    for row in range(4):
+        for column in range(6):
+            x = int(box.x0 + (column + 0.5) * box.width / 6)
+            y = int(written.shape[0] - box.y1 + (row + 0.5) * box.height / 4)
+            expected = colours[row, column] * (1 if experts[row, column] == 3 else DIM)
+            assert abs(written[y, x] - expected).max() <= 1
+
+
+def test_text_stays_inside_the_figure_and_apart():
+    """Long titles and labels, pictures of any shape."""
+    names = dict.fromkeys(range(3), "American white-crowned sparrow of the north")
+    for image_size in ((16, 48), (64, 16)):
+        model, processor = make_model(image_size=image_size, id2label=names), make_processor(size=image_size)
+        figure = draw_routed_tokens(model, processor, make_images(2), [0.2, (0.25,) * 4, 1.0], predictions=True)
+        figure.canvas.draw()
+        texts = [text for ax in figure.axes for text in (ax.title, ax.xaxis.label) if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts] + [ax.get_window_extent() for ax in figure.axes]
+        for box in boxes:
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+            assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+        overlaps = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        assert not overlaps
+
+
+def test_drawing_refuses_wrong_arguments():
+    model, processor, images = make_model(), make_processor(), make_images(1)
+    with pytest.raises(ValueError, match="`images` is empty"):
+        draw_routed_tokens(model, processor, [], [0.5])
+    for capacities in ([], 0.5, "0.5"):
+        with pytest.raises(ValueError, match="at least one capacity"):
+            draw_routed_tokens(model, processor, images, capacities)
+    for capacity in (0.1, 1.5, float("nan"), True, (0.5, 0.5), "0.5"):
+        with pytest.raises(ValueError, match="Allowed are"):
+            draw_routed_tokens(model, processor, images, [0.5, capacity])
+    for router in (1, -2):
+        with pytest.raises(ValueError, match="the model has 1"):
+            draw_routed_tokens(model, processor, images, [0.5], router=router)
+    four = make_model(num_channels=4)
+    with pytest.raises(ValueError, match="Images of 4 channels"):
+        processor = make_processor(do_normalize=False)
+        draw_routed_tokens(four, processor, [np.zeros((32, 48, 4), np.uint8)], [0.5])
+
+
+# --- accuracy against compute ---------------------------------------------------------------------------------------
+
+
+def make_rows():
+    rows = [
+        {"model": "MoNE", "capacity": capacity, "gmacs": 10 * capacity, "accuracy": 0.6 + 0.2 * capacity}
+        for capacity in (1.0, 0.25, 0.5)  # not in order
+    ]
+    rows += [{"model": "MatViT", "capacity": (0, 0, 1, 0), "gmacs": 5.0, "accuracy": 0.65}]
+    return [*rows, {"model": "ViT", "capacity": None, "gmacs": 10.5, "accuracy": 0.82}]
+
+
+def curves(figure):
+    """Lines of the plot by their label, as (x, y) lists."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+
+
+def test_curve_has_every_point(tmp_path):
+    path = tmp_path / "curve.png"
+    figure = plot_accuracy_against_compute(make_rows(), path)
+    (ax,) = figure.axes
+    lines = curves(figure)
+    assert lines["MoNE"][0] == [2.5, 5.0, 10.0]
+    assert lines["MoNE"][1] == pytest.approx([65, 70, 80])
+    assert lines["MatViT"] == ([5.0], [65.0])
+    assert lines["ViT"] == ([10.5], [82.0])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["MoNE", "MatViT", "ViT"]
+    texts = {tuple(text.xy): text.get_text() for text in ax.texts}
+    assert texts == {(2.5, 65.0): "0.25", (5.0, 70.0): "0.5", (10.0, 80.0): "1", (5.0, 65.0): "0.5"}
+    assert "GMACs" in ax.get_xlabel()
+    assert "%" in ax.get_ylabel()
+
+    star = next(line for line in ax.lines if line.get_label() == "ViT")
+    assert star.get_marker() == "*"
+    assert star.get_linestyle() == "None"
+    (dashed,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert set(dashed.get_ydata()) == {82.0}
+
+    with Image.open(path) as written:
+        assert written.format == "PNG"
+        assert written.size == (960, 630)
+
+
+def test_one_name_for_dense_and_nested():
+    rows = make_rows()
+    rows[-1]["model"] = "MoNE"
+    lines = curves(plot_accuracy_against_compute(rows))
+    assert lines["MoNE"][0] == [2.5, 5.0, 10.0]
+    assert lines["MoNE (dense)"] == ([10.5], [82.0])
+
+
+def test_curve_of_dense_models_only():
+    lines = curves(plot_accuracy_against_compute(make_rows()[-1:]))
+    assert lines["ViT"] == ([10.5], [82.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"accuracy": 82.0}, "not in percent"),
+        ({"accuracy": float("nan")}, "must be in"),
+        ({"gmacs": 0.0}, "positive"),
+        ({"gmacs": float("inf")}, "positive"),
+    ],
+)
+def test_plot_refuses_wrong_rows(change, message):
+    with pytest.raises(ValueError, match=message):
+        plot_accuracy_against_compute([make_rows()[0] | change])
+
+
+def test_plot_refuses_missing_rows_and_keys():
+    with pytest.raises(ValueError, match="`rows` is empty"):
+        plot_accuracy_against_compute([])
+    with pytest.raises(ValueError, match=r"lacks \['capacity', 'gmacs'\]"):
+        plot_accuracy_against_compute([{"model": "ViT", "accuracy": 0.5}])
+
+
+# --- matplotlib -----------------------------------------------------------------------------------------------------
+
+
+def test_pyplot_is_not_used(monkeypatch, tmp_path):
+    """It keeps every figure until closed, and picks a backend, which may want a display."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
+    plot_accuracy_against_compute(make_rows(), tmp_path / "curve.png")
+    draw_routed_tokens(make_model(), make_processor(), make_images(1), [0.5], tmp_path / "tokens.png")
+
+
+def test_missing_matplotlib_is_explained(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    importlib.reload(sys.modules["mone.visualization"])  # still imports
+    with pytest.raises(ImportError, match=r'pip install "mone\[demo\]"'):
+        plot_accuracy_against_compute(make_rows())
+    with pytest.raises(ImportError, match=r'pip install "mone\[demo\]"'):
+        draw_routed_tokens(make_model(), make_processor(), make_images(1), [0.5])
