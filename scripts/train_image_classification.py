@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from mone import MoNEConfig, MoNEForImageClassification, count_macs
 from mone.conversion import mone_from_vit
-from mone.data import collate_images, load_image_datasets, make_image_transforms, to_pixel_values
+from mone.data import LabelledImages, collate_images, load_image_datasets, make_image_transforms
 from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments
 
 
@@ -73,8 +73,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
-    # The data set's transform makes pixel_values of the column that Trainer would drop as unused.
-    training_args.remove_unused_columns = False
     set_seed(training_args.seed)
 
     model, image_processor, splits = load(model_args, data_args, training_args)
@@ -86,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         augment = make_image_transforms(
             image_processor, train=name == "train", flip=data_args.flip, min_crop=data_args.min_crop
         )
-        data_sets[name] = to_pixel_values(split, augment)
+        data_sets[name] = LabelledImages(split, augment, training_args.seed)
 
     accuracy = Accuracy()
 

@@ -170,7 +170,9 @@ def test_wrong_types_are_refused_with_the_fields_name(fields):
         MoNEConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"capacity": 7.0}, {"router_layers": [40]}, {"pooling": "max"}, {"hidden_size": 9}])
+@pytest.mark.parametrize(
+    "fields", [{"capacity": 7.0}, {"router_layers": [40]}, {"pooling": "max"}, {"hidden_size": 9}]
+)
 def test_a_field_set_wrongly_later_is_refused_before_saving(tmp_path, fields):
     """A checkpoint that nobody can load must not reach the disk."""
     config = MoNEConfig()

@@ -53,15 +53,16 @@ def test_a_new_model_learns_and_can_be_loaded(tmp_path, parquet):
     metrics = script.main(
         [
             *parquet,
-            *("--config_overrides", TINY, "--do_train", "--do_eval", "--output_dir", str(tmp_path / "out")),
-            *("--capacity_schedule", "uniform", "--eval_capacities", "0.2", "0.5", "1.0", "--num_train_epochs", "12"),
-            *("--per_device_train_batch_size", "32", "--learning_rate", "5e-3", "--router_learning_rate", "2e-2"),
+            *("--config_overrides", TINY + ",initializer_range=0.1", "--do_train", "--do_eval"),
+            *("--output_dir", str(tmp_path / "out"), "--num_train_epochs", "30"),
+            *("--capacity_schedule", "uniform", "--eval_capacities", "0.2", "0.5", "1.0"),
+            *("--per_device_train_batch_size", "32", "--learning_rate", "3e-3", "--router_learning_rate", "1e-2"),
             *("--flip", "false", "--min_crop", "0.8", "--warmup_steps", "5", "--save_strategy", "no"),
             *("--cache_dir", str(tmp_path / "cache"), *QUIET),
         ]
     )
-    for capacity in ("0.2", "0.5", "1"):
-        assert metrics[f"eval_capacity_{capacity}_accuracy"] > 0.4, "chance is 0.1"
+    for capacity, least in (("0.2", 0.25), ("0.5", 0.45), ("1", 0.5)):
+        assert metrics[f"eval_capacity_{capacity}_accuracy"] > least, "chance is 0.1"
     model = MoNEForImageClassification.from_pretrained(tmp_path / "out")
     assert metrics["eval_capacity_0.2_gmacs"] == count_macs(model.config, 0.2) / 1e9
     assert model.config.id2label[7] == "7"
@@ -116,8 +117,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
     """SIGKILL in the middle, the same command again: the parameters of a run that was never killed."""
     arguments = [
         *parquet,
-        *("--config_overrides", TINY, "--do_train", "--num_train_epochs", "4", "--per_device_train_batch_size", "32"),
-        *("--capacity_schedule", "uniform", "--save_steps", "5", "--cache_dir", str(tmp_path / "cache"), *QUIET),
+        *("--config_overrides", TINY, "--do_train", "--num_train_epochs", "20", "--per_device_train_batch_size", "32"),
+        *("--capacity_schedule", "uniform", "--save_steps", "25", "--cache_dir", str(tmp_path / "cache"), *QUIET),
     ]
     script.main([*arguments, "--output_dir", str(tmp_path / "whole")])
 
@@ -126,7 +127,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     # trainer_state.json is the last file of a checkpoint.
-    while not (tmp_path / "killed" / "checkpoint-5" / "trainer_state.json").exists():
+    while not (tmp_path / "killed" / "checkpoint-25" / "trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Data sets, decoding and augmentation for training and evaluation."""
 
-from .images import collate_images, load_image_datasets, make_image_transforms, to_pixel_values
+from .images import LabelledImages, collate_images, load_image_datasets, make_image_transforms
 
 
-__all__ = ["collate_images", "load_image_datasets", "make_image_transforms", "to_pixel_values"]
+__all__ = ["LabelledImages", "collate_images", "load_image_datasets", "make_image_transforms"]

@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Labelled images from the Hub, from folders or from parquet files, as batches of `pixel_values` and `labels`."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,17 +154,41 @@ def make_image_transforms(image_processor, *, train: bool, flip: bool = True, mi
     return v2.Compose([v2.Resize(larger, antialias=True), v2.CenterCrop(size), *normalise])
 
 
-def to_pixel_values(split: Dataset, transforms: Callable) -> Dataset:
-    """`split` whose rows are transformed when they are read: "pixel_values" and "labels"."""
+class LabelledImages(torch.utils.data.Dataset):
+    """Rows of a split, transformed when they are read: {"pixel_values": (C, height, width), "labels": int}.
 
-    def transform(batch):
-        return {"pixel_values": [transforms(image) for image in batch["image"]], "labels": batch["label"]}
+    What a random transform draws depends on `seed`, the epoch and the row alone: not on the number of workers or
+    ranks, and not on whether the run was stopped and resumed.
 
-    return split.with_transform(transform)
+    Args:
+        split: with the columns "image" and "label" (`load_image_datasets`).
+        transforms: of one image (`make_image_transforms`).
+        seed: of random transforms.
+    """
+
+    def __init__(self, split: Dataset, transforms: Callable, seed: int = 0):
+        self.split = split
+        self.transforms = transforms
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.split[index]
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's generator only: torch.manual_seed would also reset those of the accelerators.
+            torch.default_generator.manual_seed(random.Random(f"{self.seed}-{self.epoch}-{index}").getrandbits(63))
+            return {"pixel_values": self.transforms(row["image"]), "labels": row["label"]}
 
 
 def collate_images(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows of `to_pixel_values` -> `pixel_values` (batch, C, height, width) and `labels` (batch,)."""
+    """Rows of `LabelledImages` -> `pixel_values` (batch, C, height, width) and `labels` (batch,)."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),

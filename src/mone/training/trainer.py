@@ -13,8 +13,13 @@ from .schedules import PAPER_GRID, capacity_at_step
 _SPEED_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
 
-class ProjectAlpha(TrainerCallback):
-    """Put every router's alpha back into [0, 1) after each optimiser step."""
+class MoNECallback(TrainerCallback):
+    """What training does beside the steps."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Accelerate tells the data set its epoch in a single process only.
+        if hasattr(train_dataloader.dataset, "set_epoch"):
+            train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.project_alpha_()
@@ -41,7 +46,7 @@ class MoNETrainer(Trainer):
         smallest = relative_widths(config.num_experts)[0]
         self.grid = tuple(capacity for capacity in PAPER_GRID if capacity >= smallest)
         self._eval_capacity = self.capacity
-        self.add_callback(ProjectAlpha())
+        self.add_callback(MoNECallback())
 
     def step_capacity(self) -> float:
         """The capacity of the current optimiser step."""
