@@ -1,7 +1,7 @@
 """The image model against a reference that shares no code with it, against transformers' ViT, and as a citizen of
 transformers: checkpoints, losses, recorded outputs, attention implementations, precision, compilation.
 
-Not tested here: how tokens are assigned (test_routing), how many each expert gets (test_capacity), pipelines, training.
+Not tested here: which expert gets a token (test_routing) and how many it gets (test_capacity), pipelines, training.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTForImageClassification
 
 from mone import MoNEConfig, MoNEForImageClassification, MoNEModel
@@ -77,14 +78,14 @@ def assert_close(actual, expected, tolerance=1e-5):
     assert error <= tolerance * scale, f"largest difference {error:.3g} with values up to {scale:.3g}"
 
 
-# --- the reference: the block as design and paper state it, one token at a time ----------------------------------------
+# --- the reference: the block as design and paper state it, one token at a time --------------------------------------
 
 
 def reference_model(weights, config, pixel_values, capacity, scores=None):
     """Every output of the model from its state dict, without sorting, slicing or batching.
 
-    Nested projections are Extract and Pad of section 3.1: features past d_j are set to zero before a whole in-projection
-    and after a whole out-projection.
+    Nested projections are Extract and Pad of section 3.1: features past d_j are set to zero before a whole
+    in-projection and after a whole out-projection.
 
     Args:
         weights: state dict of `MoNEForImageClassification`, in double precision.
@@ -258,11 +259,12 @@ def test_layers_before_the_first_router_run_the_full_model(capacity, router_laye
 @pytest.mark.parametrize("router_layers", [(0,), (1, 2)], ids=str)
 def test_argmax_model_equals_the_reference(router_layers, pooling):
     model = make_model(router_type="argmax", router_layers=router_layers, pooling=pooling)
-    check_forward_and_gradients(model, 0.4, make_images())
-    experts = model(make_images(), output_router_logits=True).expert_indices
-    assert all(torch.unique(chosen).numel() == 4 for chosen in experts)  # the comparison saw every expert
+    images = make_images(batch=4)
+    check_forward_and_gradients(model, 0.4, images)
+    experts = model(images, output_router_logits=True).expert_indices
+    assert torch.cat(experts).unique().numel() == 4  # the comparison saw every expert
     # No capacity bound: what the call asks for has no say.
-    assert torch.equal(model(make_images(), capacity=0.125).logits, model(make_images(), capacity=1.0).logits)
+    assert torch.equal(model(images, capacity=0.125).logits, model(images, capacity=1.0).logits)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -555,6 +557,30 @@ def test_the_forward_never_waits_for_the_device(router_type):
     assert outputs.logits.shape == (2, NUM_LABELS) and outputs.expert_indices[0].shape == (2, 16)
 
 
+class CountOperators(TorchDispatchMode):
+    """Names of the operators that run, as often as they do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names = [*getattr(self, "names", []), func.overloadpacket.__name__]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [0.4, 1.0])
+def test_no_layer_gathers_scatters_or_masks(capacity):
+    """Tokens are sorted once by the router: more layers must not mean more of what moves tokens about."""
+    moves = ("gather", "scatter", "scatter_", "index", "index_put_", "index_select", "sort", "argsort", "masked_fill")
+    counts = []
+    for num_hidden_layers in (2, 6):
+        model = make_model(num_hidden_layers=num_hidden_layers, pooling="cls")
+        with CountOperators() as operators:
+            model(make_images(), capacity=capacity)
+        counts.append([operators.names.count(name) for name in moves])
+        assert not {"nonzero", "masked_select", "_local_scalar_dense", "item"} & set(operators.names)
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) > 0  # the router's own, so that the names above are the right ones
+
+
 def test_dropout_acts_in_training_only():
     model, images = make_model(hidden_dropout_prob=0.5), make_images()
     assert torch.equal(model(images, capacity=0.4).logits, model(images, capacity=0.4).logits)
@@ -587,7 +613,7 @@ def test_flex_attention_agrees():
     try:
         actual = model(images, capacity=0.3).logits
     except (torch._inductor.exc.InductorError, NotImplementedError) as error:
-        pytest.skip(f"flex_attention does not run on this machine: {error}")
+        pytest.skip(f"flex_attention does not run here: {str(error).splitlines()[0]}")
     assert_close(actual, expected)
 
 
@@ -610,8 +636,8 @@ def test_gradient_checkpointing_changes_no_gradient(router_type, use_reentrant):
     for checkpointing in (False, True):
         model = make_model(router_layers=(0, 2), router_type=router_type, hidden_dropout_prob=0.2).train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-            assert model.is_gradient_checkpointing
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            assert model.is_activation_checkpointing
         torch.manual_seed(0)
         outputs = model(images, capacity=0.4, output_hidden_states=True, output_router_logits=True)
         outputs.logits.square().sum().backward()
@@ -686,14 +712,14 @@ def gradients_of(model, forward, images, capacity, **kwargs):
     return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
 
-@pytest.mark.parametrize("fields", [{"pooling": "cls"}, {"router_layers": (0, 1)}, {"router_type": "argmax"}], ids=str)
+@pytest.mark.parametrize("fields", [{"pooling": "cls", "router_layers": (0, 1)}, {"router_type": "argmax"}], ids=str)
 def test_compiled_model_equals_eager_with_one_graph_per_capacity(fields):
     """fullgraph: no graph break. A float capacity must not become a symbol, nor recompile when it comes again."""
     model, images = make_model(num_hidden_layers=2, **fields), make_images()
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    capacities = [0.3, 0.4, 0.75, 1.0, (0.25, 0.25, 0.25, 0.25), [0.0, 1.0, 0.0, 0.0]]
+    capacities = [0.3, 0.4, 1.0, [0.25, 0.25, 0.25, 0.25]]
     try:
         for number, capacity in enumerate(capacities, start=1):
             expected = gradients_of(model, model, images, capacity)
@@ -705,6 +731,22 @@ def test_compiled_model_equals_eager_with_one_graph_per_capacity(fields):
             for ours, theirs in zip(gradients_of(model, compiled, images, capacity), expected, strict=True):
                 assert_close(ours, theirs)
         assert counters["stats"]["unique_graphs"] == len(capacities)
+    finally:
+        torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "capacities", [[0.4, 1], [[1, 0, 0, 0], [0, 0, 0, 1]], [[0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0]]], ids=str
+)
+def test_compiled_model_takes_integers_as_capacity(capacities):
+    """Dynamo turns the second integer it sees into a symbol, as it does with floats."""
+    model, images = make_model(num_hidden_layers=1), make_images()
+    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for capacity in capacities:
+            assert_close(compiled(images, capacity=capacity).logits, model(images, capacity=capacity).logits)
     finally:
         torch._dynamo.reset()
 
@@ -829,6 +871,13 @@ def test_a_checkpoint_without_routers_gets_fresh_ones(tmp_path, dtype):
     assert loaded(make_images(), capacity=0.3).logits.isfinite().all()
 
 
+def test_input_embeddings_are_found():
+    """By transformers' utilities: it is how parameter-efficient training hooks into the first layer."""
+    model = make_model()
+    assert model.get_input_embeddings() is model.mone.embeddings.patch_embeddings
+    assert model.base_model is model.mone
+
+
 # --- outputs and losses ---------------------------------------------------------------------------------------------
 
 
@@ -880,13 +929,14 @@ PROBLEMS = {
     "multi_label_classification": (NUM_LABELS, (torch.arange(40).reshape(8, 5) % 3 == 0).float()),
     "regression": (1, torch.linspace(-1, 1, 8)),
     "regression of several values": (NUM_LABELS, torch.linspace(-1, 1, 40).reshape(8, 5)),
+    "single_label_classification with ignored labels": (NUM_LABELS, torch.tensor([0, -100, 2, 1, -100, 3, 0, 2])),
 }
 
 
 def torch_loss(problem, logits, labels):
-    if problem == "single_label_classification":
+    if problem.startswith("single_label_classification"):
         return nn.functional.cross_entropy(logits, labels)
-    if problem == "multi_label_classification":
+    if problem.startswith("multi_label_classification"):
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
     return nn.functional.mse_loss(logits.reshape(labels.shape), labels)
 
@@ -912,21 +962,22 @@ def test_problem_type_is_inferred_from_the_labels(problem):
     torch.testing.assert_close(outputs.loss, torch_loss(problem, outputs.logits, labels))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("splits", [[3, 5], [1, 2, 4, 1]], ids=str)
-@pytest.mark.parametrize("known", [True, False], ids=["problem_type given", "problem_type inferred"])
+@pytest.mark.parametrize(
+    ("problem", "known"),
+    # Float labels of several classes without a problem type count as multi-label ones.
+    [*((problem, True) for problem in PROBLEMS), *((problem, False) for problem in list(PROBLEMS)[:3])],
+)
 def test_micro_batch_losses_sum_to_the_whole_batchs(problem, splits, known):
     """Trainer sums the micro-batches' losses and does not divide again, as the forward takes `**kwargs`."""
     num_labels, labels = PROBLEMS[problem]
-    if not known and problem == "regression of several values":
-        pytest.skip("float labels of several classes are taken for multi-label ones")
     images = make_images(batch=8)
     whole, parts = (
         make_model(num_labels=num_labels, problem_type=problem.split(" ")[0] if known else None) for _ in range(2)
     )
     expected = whole(images, labels=labels, capacity=0.4).loss
     expected.backward()
-    # As Trainer counts items over all micro-batches of a step.
+    # As Trainer counts them over all micro-batches of a step.
     num_items = labels.ne(-100).sum()
     total = 0.0
     for some, their in zip(images.split(splits), labels.split(splits), strict=True):
@@ -966,7 +1017,7 @@ def test_twenty_steps_fit_one_batch(router_type, pooling):
     torch.manual_seed(0)
     model = MoNEForImageClassification(tiny_config(pooling=pooling, router_type=router_type)).train()
     images, labels = make_images(batch=8), PROBLEMS["single_label_classification"][1]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
         optimiser.zero_grad()

@@ -372,9 +372,11 @@ def restore_recorded(output: EncoderOutput) -> None:
     if output.hidden_states is not None:
         # The first entry is the input of layer 0, in that layer's order.
         output.hidden_states = tuple(
-            restore_order(x, order) for x, order in zip(output.hidden_states, (orders[0], *orders), strict=True)
+            # An entry that was not asked for is None.
+            restore_order(x, order)
+            for x, order in zip(output.hidden_states, (orders[0], *orders), strict=True)
         )
-    if output.attentions is not None:
+    if output.attentions:  # empty where the attention implementation gives no weights
         output.attentions = tuple(
             # (B, H, query, key): the queries first, then the keys.
             restore_order(restore_order(x.transpose(1, 2), order).transpose(1, 3), order).permute(0, 2, 3, 1)
