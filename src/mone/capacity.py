@@ -54,7 +54,7 @@ def solve_capacity_distribution(
         beta: weight of the entropy, greater than 0. Smaller values are less uniform.
 
     Returns:
-        E shares, smallest expert first, that sum to 1. Cached.
+        E shares, smallest expert first, that sum to 1. Cached. Within 1e-6 of the optimum for up to six experts.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -80,33 +80,35 @@ def _solve(e_c: float, num_experts: int, delta: float, beta: float) -> tuple[flo
     if e_c == widths[0]:
         return one_hot_allocation(0, num_experts)
 
-    weights = delta ** -np.arange(num_experts, dtype=float)
+    # Divided by beta, so that the curvature, and with it the stopping rule, does not depend on beta.
+    weights = delta ** -np.arange(num_experts, dtype=float) / beta
+    # In z = log c, where shares that differ by orders of magnitude are equally well scaled. The constraints:
+    # sum_i c_i = 1, and sum_i c_i d_i / D relative to e_c.
     constraints = [
-        {"type": "eq", "fun": lambda c: c.sum() - 1.0, "jac": lambda c: np.ones_like(c)},
-        {"type": "eq", "fun": lambda c: c @ widths - e_c, "jac": lambda c: widths},
+        {"type": "eq", "fun": lambda z: np.exp(z).sum() - 1.0, "jac": np.exp},
+        {"type": "eq", "fun": lambda z: np.exp(z) @ widths / e_c - 1.0, "jac": lambda z: np.exp(z) * widths / e_c},
     ]
     # A feasible interior start: part of the way from uniform towards the vertex on the other side of e_c.
     uniform = np.full(num_experts, 1.0 / num_experts)
     vertex = np.eye(num_experts)[0 if e_c < uniform @ widths else -1]
     step = (e_c - uniform @ widths) / (vertex @ widths - uniform @ widths)
     result = minimize(
-        # Divided by beta, so that the curvature, and with it the stopping rule, does not depend on beta.
-        lambda c: c @ np.log(c) - c @ weights / beta,
-        (1.0 - step) * uniform + step * vertex,
-        jac=lambda c: np.log(c) + 1.0 - weights / beta,
-        bounds=[(1e-300, 1.0)] * num_experts,
+        lambda z: np.exp(z) @ (z - weights),
+        np.log((1.0 - step) * uniform + step * vertex),
+        jac=lambda z: np.exp(z) * (z - weights + 1.0),
+        bounds=[(-50.0, 0.0)] * num_experts,
         constraints=constraints,
         method="SLSQP",
         options={"ftol": 1e-15, "maxiter": 1000},
     )
-    shares = result.x
-    # Judged by the constraints: close to an end point SLSQP reports a failed line search at the optimum itself.
-    if not (abs(shares.sum() - 1.0) < 1e-9 and abs(shares @ widths - e_c) < 1e-9):
+    shares = np.exp(result.x)
+    # Judged by the constraints: close to an end point SLSQP may report a failed line search at the optimum itself.
+    if not (abs(shares.sum() - 1.0) < 1e-6 and abs(shares @ widths - e_c) < 1e-6):
         raise RuntimeError(
             f"SLSQP found no capacity distribution for effective capacity {e_c} with {num_experts} experts, "
             f"delta={delta}, beta={beta}: {result.message}."
         )
-    return tuple(shares.tolist())
+    return tuple((shares / shares.sum()).tolist())
 
 
 def one_hot_allocation(expert: int, num_experts: int = 4) -> tuple[float, ...]:
@@ -174,7 +176,8 @@ def resolve_capacity(
         if not smallest <= number <= 1.0:
             raise ValueError(f"capacity={capacity!r} is out of range. {allowed}")
         return solve_capacity_distribution(number, num_experts, delta, beta)
-    if not isinstance(capacity, (Sequence, np.ndarray)) or isinstance(capacity, (str, bytes)):
+    sequence = isinstance(capacity, Sequence) or (isinstance(capacity, np.ndarray) and capacity.ndim > 0)
+    if not sequence or isinstance(capacity, (str, bytes)):
         raise ValueError(f"capacity={capacity!r} is neither a finite number nor a sequence of shares. {allowed}")
     shares = [_as_number(share) for share in capacity]
     if len(shares) != num_experts:
@@ -204,6 +207,10 @@ def tokens_per_expert(shares: Sequence[float], num_tokens: int) -> tuple[int, ..
 
 def _as_number(value: object) -> float | None:
     """`value` as a finite float, or None where it is not a real number (bool and NaN are not)."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond every float
+        return None
+    return number if math.isfinite(number) else None

@@ -53,7 +53,10 @@ def count_macs(
 
 
 def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[int, int] | None = None) -> float:
-    """The largest effective capacity, to 1e-6, at which one image costs at most `gmacs` times 10^9 MACs.
+    """An effective capacity at which one image costs at most `gmacs` times 10^9 MACs, and hardly less.
+
+    Whole tokens make the cost a staircase, not quite monotone. What is returned always fits the budget; the largest
+    capacity that does may be larger by less than a token's worth of each expert.
 
     Args:
         config, image_size: as in `count_macs`.
@@ -72,7 +75,7 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
         )
     if count_macs(config, high, image_size) <= budget:
         return high
-    # Whole tokens make the cost a staircase, so that it is searched and not solved; `low` always fits.
+    # `low` always fits.
     while high - low > 1e-6:
         middle = (low + high) / 2
         if count_macs(config, middle, image_size) <= budget:

@@ -253,12 +253,13 @@ class EncoderOutput(ModelOutput):
 
 
 def static_capacity(capacity):
-    """`capacity` as plain Python numbers: dynamo turns the second float it sees into a symbol."""
+    """`capacity` as plain Python numbers: dynamo turns the second one it sees into a symbol."""
     if not torch.compiler.is_compiling():
         return capacity
     if isinstance(capacity, (list, tuple)):
         return tuple(static_capacity(share) for share in capacity)
-    return guard_scalar(capacity) if isinstance(capacity, float) else capacity
+    is_number = isinstance(capacity, (int, float)) and not isinstance(capacity, bool)
+    return guard_scalar(capacity) if is_number else capacity
 
 
 # Dynamo does not trace SciPy: what it returns for a capacity is a constant of that capacity's graph.

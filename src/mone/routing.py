@@ -110,10 +110,12 @@ class Router(nn.Module):
     def effective_alpha(self) -> torch.Tensor:
         """Alpha clamped to [0, 1), straight-through: the gradient passes, so that alpha can come back into range."""
         alpha = self.alpha.float()
-        return alpha + (alpha.clamp(0.0, ALPHA_MAX) - alpha).detach()
+        # In this order, a zero is added to the clamped value and no bit of it is lost.
+        return alpha.detach().clamp(0.0, ALPHA_MAX) + (alpha - alpha.detach())
 
     @torch.no_grad()
     def project_alpha_(self) -> None:
         """Put alpha itself back into [0, 1). Call it after each optimiser step, so that it cannot drift away."""
         if self.router_type != "random":
-            self.alpha.clamp_(0.0, ALPHA_MAX)
+            # In half precision ALPHA_MAX would round to 1.
+            self.alpha.clamp_(0.0, min(ALPHA_MAX, 1.0 - torch.finfo(self.alpha.dtype).eps))
