@@ -12,7 +12,7 @@ from transformers import ViTImageProcessor, ViTImageProcessorPil
 
 from mone import MoNEConfig, MoNEForImageClassification, MoNEModel, count_macs
 from mone.capacity import resolve_capacity, tokens_per_expert
-from mone.visualization import DIM, dim_patches, draw_routed_tokens, patch_brightness, plot_accuracy_against_compute
+from mone.visualization import FADED, draw_routed_tokens, fade_patches, patch_contrast, plot_accuracy_against_compute
 
 
 pytest.importorskip("matplotlib")
@@ -41,10 +41,10 @@ def make_processor(cls=ViTImageProcessor, channels=3, size=(32, 48), **kwargs):
 
 
 def make_images(number=2, size=(32, 48), channels=3, seed=0):
-    """Random pictures without black, so that a dimmed pixel is darker than its original."""
+    """Random dark pictures without middle grey (127.5), so that a faded pixel differs from its original."""
     shape = (*size, channels) if channels > 1 else size
     rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(30, 256, shape, dtype=np.uint8)) for _ in range(number)]
+    return [Image.fromarray(rng.integers(0, 128, shape, dtype=np.uint8)) for _ in range(number)]
 
 
 def panels(figure, columns):
@@ -68,7 +68,7 @@ def route(model, processor, images, capacity, router=0):
 
 
 def check_panel(panel, image, experts, patch, num_experts=4):
-    """Walk over the patches one by one: those of the full model keep their pixels, others are DIM times them."""
+    """Walk over the patches one by one: those of the full model keep their pixels, others are faded towards grey."""
     rows, columns = image.shape[0] // patch[0], image.shape[1] // patch[1]
     bright = 0
     for token in range(rows * columns):
@@ -79,41 +79,45 @@ def check_panel(panel, image, experts, patch, num_experts=4):
             bright += 1
             np.testing.assert_allclose(shown, original, atol=1e-6)
         else:
-            np.testing.assert_allclose(shown, DIM * original, atol=1e-6)
-            assert (shown < original).all()
+            np.testing.assert_allclose(shown, 0.5 + FADED * (original - 0.5), atol=1e-6)
+            assert (shown != original).all()
     return bright
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def test_patch_brightness_fills_the_grid_row_by_row():
+def test_patch_contrast_fills_the_grid_row_by_row():
     experts = torch.tensor([[0, 1, 2, 2, 2, 0], [2, 0, 0, 1, 1, 2]])
-    brightness = patch_brightness(experts, (2, 3), num_experts=3)
-    assert brightness.tolist() == pytest.approx(
-        np.array([[[DIM, DIM, 1], [1, 1, DIM]], [[1, DIM, DIM], [DIM, DIM, 1]]])
+    contrast = patch_contrast(experts, (2, 3), num_experts=3)
+    assert contrast.tolist() == pytest.approx(
+        np.array([[[FADED, FADED, 1], [1, 1, FADED]], [[1, FADED, FADED], [FADED, FADED, 1]]])
     )
-    middle = (1 + DIM) / 2
-    every = patch_brightness(experts[0], (2, 3), num_experts=3, all_experts=True)
-    assert every.flatten().tolist() == pytest.approx([DIM, middle, 1, 1, 1, DIM])
+    middle = (1 + FADED) / 2
+    every = patch_contrast(experts[0], (2, 3), num_experts=3, all_experts=True)
+    assert every.flatten().tolist() == pytest.approx([FADED, middle, 1, 1, 1, FADED])
 
 
-def test_patch_brightness_of_one_expert_is_one():
+def test_patch_contrast_of_one_expert_is_one():
     for all_experts in (False, True):
-        assert patch_brightness(torch.zeros(4, dtype=torch.long), (2, 2), 1, all_experts).tolist() == [[1, 1], [1, 1]]
+        assert patch_contrast(torch.zeros(4, dtype=torch.long), (2, 2), 1, all_experts).tolist() == [[1, 1], [1, 1]]
 
 
-def test_patch_brightness_refuses_another_grid():
+def test_patch_contrast_refuses_another_grid():
     with pytest.raises(ValueError, match="6 tokens do not fill a grid of 2x2"):
-        patch_brightness(torch.zeros(1, 6, dtype=torch.long), (2, 2), 4)
+        patch_contrast(torch.zeros(1, 6, dtype=torch.long), (2, 2), 4)
 
 
-def test_dim_patches_of_a_video_frame_by_frame():
+def test_fade_patches_of_a_video_frame_by_frame():
     pixels = torch.rand(2, 5, 3, 4, 9)  # batch, frames, channels, height, width
-    brightness = torch.rand(2, 5, 2, 3)
-    shown = dim_patches(pixels, brightness)
-    assert torch.equal(shown[1, 4, :, 2:4, 3:6], pixels[1, 4, :, 2:4, 3:6] * brightness[1, 4, 1, 1])
-    assert torch.equal(shown[0, 2, :, 0:2, 6:9], pixels[0, 2, :, 0:2, 6:9] * brightness[0, 2, 0, 2])
+    contrast = torch.rand(2, 5, 2, 3)
+    shown = fade_patches(pixels, contrast)
+    torch.testing.assert_close(
+        shown[1, 4, :, 2:4, 3:6], 0.5 + (pixels[1, 4, :, 2:4, 3:6] - 0.5) * contrast[1, 4, 1, 1]
+    )
+    torch.testing.assert_close(
+        shown[0, 2, :, 0:2, 6:9], 0.5 + (pixels[0, 2, :, 0:2, 6:9] - 0.5) * contrast[0, 2, 0, 2]
+    )
 
 
 # --- routed tokens --------------------------------------------------------------------------------------------------
@@ -138,17 +142,17 @@ def test_full_model_tokens_keep_their_pixels(pooling, processor_class):
             assert check_panel(row[column], as_array(image), tokens, (8, 4)) == expected
 
 
-def test_whole_image_is_bright_at_capacity_one():
+def test_whole_image_is_clear_at_capacity_one():
     images = make_images(1)
     (row,) = panels(draw_routed_tokens(make_model(), make_processor(), images, [1.0]), columns=2)
     np.testing.assert_array_equal(row[1], row[0])
 
 
-def test_no_token_is_bright_at_the_smallest_capacity():
+def test_no_token_is_clear_at_the_smallest_capacity():
     images = make_images(1)
     figure = draw_routed_tokens(make_model(), make_processor(), images, [0.125])
     (row,) = panels(figure, columns=2)
-    np.testing.assert_allclose(row[1], DIM * as_array(images[0]), atol=1e-6)
+    np.testing.assert_allclose(row[1], 0.5 + FADED * (as_array(images[0]) - 0.5), atol=1e-6)
     assert figure.axes[1].get_title().endswith("\n0% in full model")
 
 
@@ -156,9 +160,9 @@ def test_all_experts_have_levels_between():
     model, processor, images = make_model(), make_processor(), make_images(1)
     (row,) = panels(draw_routed_tokens(model, processor, images, [0.4], all_experts=True), columns=2)
     experts = route(model, processor, images, 0.4)[0].reshape(4, 12)
-    levels = np.array([DIM, DIM + (1 - DIM) / 3, DIM + (1 - DIM) * 2 / 3, 1])
+    levels = np.array([FADED, FADED + (1 - FADED) / 3, FADED + (1 - FADED) * 2 / 3, 1])
     factor = np.kron(levels[experts], np.ones((8, 4)))[..., None]
-    np.testing.assert_allclose(row[1], as_array(images[0]) * factor, atol=1e-6)
+    np.testing.assert_allclose(row[1], 0.5 + (as_array(images[0]) - 0.5) * factor, atol=1e-6)
 
 
 def test_grey_model_takes_any_picture_and_keeps_its_contrast():
@@ -351,7 +355,7 @@ def test_written_file_shows_the_panels(tmp_path):
         for column in range(6):
             x = int(box.x0 + (column + 0.5) * box.width / 6)
             y = int(written.shape[0] - box.y1 + (row + 0.5) * box.height / 4)
-            expected = colours[row, column] * (1 if experts[row, column] == 3 else DIM)
+            expected = 127.5 + (colours[row, column] - 127.5) * (1 if experts[row, column] == 3 else FADED)
             assert abs(written[y, x] - expected).max() <= 1
 
 

@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
     from .modeling_mone import MoNEPreTrainedModel
 
-# Brightness of a token that did not go to the full model.
-DIM = 0.3
+# Contrast of a token that did not go to the full model.
+FADED = 0.3
 # Inches: width of a panel, gap between two, height of a text line. Points: size of the text.
 PANEL_WIDTH, GAP, LINE_HEIGHT, FONT_SIZE = 2.0, 0.06, 0.15, 8.5
 
 
-def patch_brightness(
+def patch_contrast(
     expert_indices: torch.Tensor, grid: tuple[int, int], num_experts: int, all_experts: bool = False
 ) -> torch.Tensor:
-    """How brightly to show every patch: 1 where the full model, the largest expert, processed it (Fig. 8).
+    """How clearly to show every patch: 1 where the full model, the largest expert, processed it (Fig. 8).
 
     Args:
         expert_indices: (..., N) integers, one router's entry of a model output's `expert_indices`.
         grid: patches (vertically, horizontally), whose product is N.
         num_experts: E.
-        all_experts: one level for each expert, evenly from `DIM` for the smallest to 1, instead of `DIM` for all but
-            the full model.
+        all_experts: one level for each expert, evenly from `FADED` for the smallest to 1, instead of `FADED` for all
+            but the full model.
 
     Returns:
         (..., *grid) float32, row by row as in the image.
@@ -55,20 +55,23 @@ def patch_brightness(
     """
     if expert_indices.shape[-1] != grid[0] * grid[1]:
         raise ValueError(f"{expert_indices.shape[-1]} tokens do not fill a grid of {grid[0]}x{grid[1]} patches.")
-    levels = torch.linspace(DIM, 1.0, num_experts) if all_experts else torch.full((num_experts,), DIM)
+    levels = torch.linspace(FADED, 1.0, num_experts) if all_experts else torch.full((num_experts,), FADED)
     levels[-1] = 1.0
     return levels[expert_indices.cpu()].unflatten(-1, tuple(grid))
 
 
-def dim_patches(pixels: torch.Tensor, brightness: torch.Tensor) -> torch.Tensor:
-    """Multiply every patch of an image by its brightness; 1 keeps the pixels exactly.
+def fade_patches(pixels: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
+    """Fade every patch of an image towards grey; a contrast of 1 keeps the pixels exactly.
+
+    Towards grey and not black, so that dark patches, too, show where they went.
 
     Args:
-        pixels: (..., C, height, width).
-        brightness: (..., rows, columns), which divide height and width; leading axes as those of `pixels`.
+        pixels: (..., C, height, width) in [0, 1].
+        contrast: (..., rows, columns), which divide height and width; leading axes as those of `pixels`.
     """
-    height, width = pixels.shape[-2] // brightness.shape[-2], pixels.shape[-1] // brightness.shape[-1]
-    return pixels * brightness.repeat_interleave(height, -2).repeat_interleave(width, -1).unsqueeze(-3)
+    height, width = pixels.shape[-2] // contrast.shape[-2], pixels.shape[-1] // contrast.shape[-1]
+    weight = contrast.repeat_interleave(height, -2).repeat_interleave(width, -1).unsqueeze(-3)
+    return torch.lerp(torch.full_like(pixels, 0.5), pixels, weight.expand_as(pixels))
 
 
 def draw_routed_tokens(
@@ -83,7 +86,7 @@ def draw_routed_tokens(
     predictions: bool = False,
     interpolate_pos_encoding: bool = False,
 ) -> "Figure":
-    """The tokens that the full model processes, in full colour; all others dark (paper, Figs. 1 and 8a).
+    """The tokens that the full model processes, in full colour; all others faded (paper, Figs. 1 and 8a).
 
     One row per image: the image as the model sees it, resized and cropped by the processor, then one panel per
     capacity. A column's title gives the capacity, the cost of one image and the share of tokens in the full model.
@@ -95,7 +98,7 @@ def draw_routed_tokens(
         capacities: one column each; as the model's `capacity`. An arg-max router ignores them.
         path: also write the figure there, 150 dots per inch; the extension gives the format.
         router: number of the router whose decision is shown, for a model that has several; negative from the end.
-        all_experts: show the experts between by brightness too: the larger the expert, the brighter its tokens.
+        all_experts: show the experts between by contrast too: the larger the expert, the clearer its tokens.
         predictions: write the label with the largest logit under every panel.
         interpolate_pos_encoding: as in the model's forward, for a processor of another size.
 
@@ -139,7 +142,7 @@ def draw_routed_tokens(
                 return_dict=True,
             )
             experts = outputs.expert_indices[router].cpu()
-            panels.append(dim_patches(pixels, patch_brightness(experts, grid, config.num_experts, all_experts)))
+            panels.append(fade_patches(pixels, patch_contrast(experts, grid, config.num_experts, all_experts)))
             share = (experts == config.num_experts - 1).float().mean().item()
             titles.append(
                 f"{_capacity_name(capacity)}\n{_number(count_macs(config, capacity, size) / 1e9)} GMACs\n"
