@@ -28,7 +28,9 @@ from transformers import (
 
 import mone
 from mone.benchmark import interleaved_seconds
+from mone.conversion import mone_from_vit
 from mone.data import LabelledImages, collate_images, load_image_datasets, make_image_transforms
+from mone.training import PAPER_GRID
 from mone.visualization import draw_routed_tokens, plot_accuracy_against_compute
 
 
@@ -39,7 +41,7 @@ BATCH_SIZE = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=12, help="of each of the two trainings; default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=12, help="of the dense training; default: %(default)s")
     args = parser.parse_args()
 
     print("1. Handwritten digits (scikit-learn), written as folders of images")
@@ -51,13 +53,17 @@ def main() -> None:
 
     print("\n3. The same ViT as a MoNE, fine-tuned at sampled capacities (scripts/train_image_classification.py)")
     mone_folder = args.output_dir / "mone"
+    config = mone_from_vit(AutoModelForImageClassification.from_pretrained(dense_folder)).config
+    step_cost = statistics.mean(mone.count_macs(config, capacity) for capacity in PAPER_GRID)
+    epochs = round(args.epochs * mone.count_macs(config, 1.0) / step_cost)
+    print(f"{epochs} epochs cost as many multiply-accumulates as {args.epochs} of the dense ViT.")
     train_mone(
         [
             *("--model_name_or_path", str(dense_folder)),
             *("--train_dir", str(folders["train"]), "--validation_dir", str(folders["validation"])),
             *("--capacity_schedule", "uniform", "--eval_capacities", *map(str, CAPACITIES)),
             *("--do_train", "--do_eval", "--output_dir", str(mone_folder), "--flip", "false", "--min_crop", "0.6"),
-            *("--num_train_epochs", str(args.epochs), "--learning_rate", "5e-4", "--warmup_steps", "20"),
+            *("--num_train_epochs", str(epochs), "--learning_rate", "5e-4", "--warmup_steps", "20"),
             *("--router_learning_rate", "5e-3", "--lr_scheduler_type", "cosine", "--weight_decay", "0.05"),
             *("--per_device_train_batch_size", str(BATCH_SIZE), "--per_device_eval_batch_size", str(BATCH_SIZE)),
             *("--save_strategy", "no", "--report_to", "none", "--logging_steps", "50"),
