@@ -9,6 +9,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForVideoClassification,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
@@ -21,9 +22,10 @@ from .capacity import (
     solve_capacity_distribution,
     uniform_allocation,
 )
-from .configuration_mone import MoNEConfig
+from .configuration_mone import MoNEConfig, MoNEViViTConfig
 from .flops import capacity_for_macs, count_macs
 from .modeling_mone import MoNEForImageClassification, MoNEModel
+from .modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
 from .pipelines import register_pipelines
 from .routing import expert_preferred_routing
 
@@ -31,6 +33,9 @@ from .routing import expert_preferred_routing
 AutoConfig.register("mone", MoNEConfig)
 AutoModel.register(MoNEConfig, MoNEModel)
 AutoModelForImageClassification.register(MoNEConfig, MoNEForImageClassification)
+AutoConfig.register("mone_vivit", MoNEViViTConfig)
+AutoModel.register(MoNEViViTConfig, MoNEViViTModel)
+AutoModelForVideoClassification.register(MoNEViViTConfig, MoNEViViTForVideoClassification)
 AutoImageProcessor.register(
     MoNEConfig, image_processor_classes={"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
 )
@@ -38,6 +43,9 @@ AutoImageProcessor.register(
 MoNEConfig.register_for_auto_class()
 MoNEModel.register_for_auto_class("AutoModel")
 MoNEForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MoNEViViTConfig.register_for_auto_class()
+MoNEViViTModel.register_for_auto_class("AutoModel")
+MoNEViViTForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
 register_pipelines()
 
 __version__ = "0.1.0"
@@ -46,6 +54,9 @@ __all__ = [
     "MoNEConfig",
     "MoNEForImageClassification",
     "MoNEModel",
+    "MoNEViViTConfig",
+    "MoNEViViTForVideoClassification",
+    "MoNEViViTModel",
     "capacity_for_macs",
     "count_macs",
     "effective_capacity",

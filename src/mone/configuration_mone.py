@@ -1,5 +1,5 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of the image model: ViT's fields, and those of the Mixture of Nested Experts."""
+"""Configurations of the image and the video model: ViT's and ViViT's fields, and those of MoNE."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -150,6 +150,55 @@ class MoNEConfig(PreTrainedConfig):
         )
 
 
+@strict
+class MoNEViViTConfig(MoNEConfig):
+    r"""
+    Configuration of [`MoNEViViTModel`] and [`MoNEViViTForVideoClassification`]: the factorised encoder (Model 2) of
+    ViViT. The defaults are ViViT-FE-B/16x2 with 32 frames at 224².
+
+    Args:
+        num_frames (`int`, *optional*, defaults to 32):
+            Frames of a clip. The tubelet's duration must divide it.
+        tubelet_size (triple of `int`, *optional*, defaults to `(2, 16, 16)`):
+            Frames, height and width in pixels of one token.
+        num_temporal_layers (`int`, *optional*, defaults to 4):
+            Layers of the temporal encoder, which runs at full width. `num_hidden_layers` are the spatial encoder's.
+        patch_size:
+            Height and width of `tubelet_size`; there is no need to give it.
+        all others:
+            As in [`MoNEConfig`]. Routers stand in the spatial encoder.
+    """
+
+    model_type = "mone_vivit"
+
+    layer_norm_eps: float = 1e-6
+    patch_size: int | list[int] | tuple[int, int] | None = None
+    num_frames: int = 32
+    tubelet_size: list[int] | tuple[int, ...] = (2, 16, 16)
+    num_temporal_layers: int = 4
+
+    def __post_init__(self, **kwargs):
+        self.validate_tubelets()
+        self.patch_size = list(self.tubelet_size[1:])
+        super().__post_init__(**kwargs)
+
+    def validate_tubelets(self):
+        if len(self.tubelet_size) != 3 or min(self.tubelet_size) < 1:
+            raise ValueError(
+                f"tubelet_size={self.tubelet_size} must be three positive integers: frames, height, width."
+            )
+        if self.patch_size is not None and as_pair(self.patch_size) != tuple(self.tubelet_size[1:]):
+            raise ValueError(
+                f"patch_size={self.patch_size} differs from tubelet_size={self.tubelet_size}: give only that."
+            )
+        if self.num_frames < 1 or self.num_frames % self.tubelet_size[0]:
+            raise ValueError(
+                f"num_frames={self.num_frames} must be a positive multiple of tubelet_size[0]={self.tubelet_size[0]}."
+            )
+        if self.num_temporal_layers < 1:
+            raise ValueError(f"num_temporal_layers={self.num_temporal_layers} must be at least 1.")
+
+
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """A size as (height, width)."""
     if isinstance(size, int):
@@ -159,4 +208,4 @@ def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return tuple(size)
 
 
-__all__ = ["MoNEConfig"]
+__all__ = ["MoNEConfig", "MoNEViViTConfig"]

@@ -1,7 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Multiply-accumulates (MACs) of a MoNE model, counted from its config. The paper's "GFLOPs" are these.
 
-Counted are the matrix products: patch embedding, routers, projections, attention and classifier, for one image.
+Counted are the matrix products: embedding, routers, projections, attention and classifier, for one image or clip.
 Norms, activations and additions are not, as in the paper and in PyTorch's `FlopCounterMode`. Attention and patch
 embedding do not depend on the capacity.
 """
@@ -9,7 +9,7 @@ embedding do not depend on the capacity.
 from collections.abc import Sequence
 
 from .capacity import relative_widths, tokens_per_expert
-from .configuration_mone import MoNEConfig, as_pair
+from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 
 
 def count_macs(
@@ -17,7 +17,7 @@ def count_macs(
     capacity: float | Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> int:
-    """MACs of `MoNEForImageClassification` on one image.
+    """MACs of a classifier on one image, or on one clip for a [`MoNEViViTConfig`].
 
     Args:
         config: of the model.
@@ -28,39 +28,50 @@ def count_macs(
     Raises:
         ValueError: if `capacity` is not allowed.
     """
-    d, e, hidden = config.hidden_size, config.num_experts, config.intermediate_size
+    d, e = config.hidden_size, config.num_experts
     patch = as_pair(config.patch_size)
     image = as_pair(config.image_size if image_size is None else image_size)
     n = (image[0] // patch[0]) * (image[1] // patch[1])
-    sequence = n + (1 if config.pooling == "cls" else 0)
-
+    prefix = 1 if config.pooling == "cls" else 0
     counts = tokens_per_expert(config.resolve_capacity(capacity), n)
-    widths = [round(d * width) for width in relative_widths(e)]
-    # Input features of all tokens together; a class token takes the full model.
-    routed = sum(k * width for k, width in zip(counts, widths, strict=True)) + (sequence - n) * d
-    if config.router_type == "argmax":
-        routed = sequence * d
 
-    total = n * config.num_channels * patch[0] * patch[1] * d
-    for layer in range(config.num_hidden_layers):
-        features = routed if layer >= config.router_layers[0] else sequence * d
-        projections = features * (4 * d + 2 * hidden)  # query, key, value, output; both of the MLP
-        attention = 2 * sequence * sequence * d
-        total += projections + attention
+    # Tokens at full width that cost as much as all tokens of the routed layers.
+    widths = relative_widths(e)
+    routed = prefix + sum(count * width for count, width in zip(counts, widths, strict=True))
+    if config.router_type == "argmax":
+        routed = prefix + n
+    dense_layers = config.router_layers[0]
+    routed_layers = config.num_hidden_layers - dense_layers
+    total = dense_layers * _layer_macs(config, prefix + n, prefix + n)
+    total += routed_layers * _layer_macs(config, prefix + n, routed)
     if config.router_type != "random":
         total += len(config.router_layers) * n * d * e
-    return total + d * config.num_labels
+    total += n * config.num_channels * patch[0] * patch[1] * d
+
+    if isinstance(config, MoNEViViTConfig):
+        # One spatial encoder pass for each temporal index; a tubelet's kernel spans its frames.
+        time = config.num_frames // config.tubelet_size[0]
+        total = time * (total + n * config.num_channels * patch[0] * patch[1] * d * (config.tubelet_size[0] - 1))
+        total += config.num_temporal_layers * _layer_macs(config, prefix + time, prefix + time)
+    return round(total) + d * config.num_labels
+
+
+def _layer_macs(config: MoNEConfig, sequence: int, full_width_tokens: float) -> float:
+    """MACs of one layer: its projections for so many tokens at full width, attention over the whole sequence."""
+    d = config.hidden_size
+    projections = d * (4 * d + 2 * config.intermediate_size)  # query, key, value, output; both of the MLP
+    return full_width_tokens * projections + 2 * sequence * sequence * d
 
 
 def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[int, int] | None = None) -> float:
-    """An effective capacity at which one image costs at most `gmacs` times 10^9 MACs, and hardly less.
+    """An effective capacity at which one image or clip costs at most `gmacs` times 10^9 MACs, and hardly less.
 
     Whole tokens make the cost a staircase, not quite monotone. What is returned always fits the budget; the largest
     capacity that does may be larger by less than a token's worth of each expert.
 
     Args:
         config, image_size: as in `count_macs`.
-        gmacs: the budget for one image. One at or above the dense model's cost gives 1.0.
+        gmacs: the budget for one image or clip. One at or above the dense model's cost gives 1.0.
 
     Raises:
         ValueError: if even the smallest capacity costs more; the message gives the least budget that works.
@@ -71,7 +82,7 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
     if not least <= budget:
         raise ValueError(
             f"A budget of {gmacs} GMACs cannot be met: capacity {low:g} already costs {least / 1e9:.6g} GMACs. "
-            "Attention, embedding and classifier do not shrink with the capacity; smaller images do."
+            "Attention, embedding and classifier do not shrink with the capacity; with smaller images they do."
         )
     if count_macs(config, high, image_size) <= budget:
         return high

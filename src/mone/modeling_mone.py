@@ -264,9 +264,19 @@ def static_capacity(capacity):
 
 # Dynamo does not trace SciPy: what it returns for a capacity is a constant of that capacity's graph.
 @torch.compiler.assume_constant_result
-def token_counts(capacity, num_experts: int, delta: float, beta: float, num_tokens: int) -> tuple[int, ...]:
-    """Tokens of every expert, smallest first, for a `capacity` argument and N tokens."""
+def _constant_counts(capacity, num_experts: int, delta: float, beta: float, num_tokens: int) -> tuple[int, ...]:
     return tokens_per_expert(resolve_capacity(capacity, num_experts, delta, beta), num_tokens)
+
+
+def token_counts(config: MoNEConfig, capacity, num_tokens: int) -> tuple[int, ...]:
+    """Tokens of every expert, smallest first, for a call's `capacity` (`None`: the config's) and N tokens."""
+    return _constant_counts(
+        static_capacity(config.capacity if capacity is None else capacity),
+        config.num_experts,
+        config.capacity_delta,
+        config.capacity_beta,
+        num_tokens,
+    )
 
 
 def nested_encoder(
@@ -274,29 +284,30 @@ def nested_encoder(
     layers: nn.ModuleList,
     routers: nn.ModuleList,
     hidden_states: torch.Tensor,
-    counts: tuple[int, ...],
+    num_prefix: int,
+    counts: tuple[int, ...] = (),
     generator: torch.Generator | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> EncoderOutput:
-    """Run `layers`, with `routers` before those in `config.router_layers`.
+    """Run `layers`, with `routers` before those in `config.router_layers`; without routers at full width.
 
     Args:
-        hidden_states: (B, N, D) or (B, 1 + N, D): tokens that `counts` does not cover lead the sequence, are not
-            routed and take the full model.
+        hidden_states: (B, num_prefix + N, D).
+        num_prefix: tokens that lead the sequence, are not routed and take the full model (a class token).
         counts: E integers, smallest expert first, that sum to N.
         generator: source of random routers' scores.
 
     Returns:
         The tokens before the final norm in original order, and the routers' decisions.
     """
-    num_prefix = hidden_states.shape[1] - sum(counts)
+    routers = dict(zip(config.router_layers, routers, strict=False))
     slices = ((0, hidden_states.shape[1], config.hidden_size),)
     order, gate, feature_mask = None, None, None
     orders, router_logits, expert_indices = [], [], []
     for index, layer in enumerate(layers):
-        if index in config.router_layers:
+        if index in routers:
             hidden_states = restore_order(hidden_states, order)
-            routing = routers[len(router_logits)](hidden_states[:, num_prefix:], counts, generator)
+            routing = routers[index](hidden_states[:, num_prefix:], counts, generator)
             router_logits.append(routing.logits)
             expert_indices.append(routing.experts)
             gate = routing.gate
@@ -367,22 +378,29 @@ def restore_order(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.T
     return x if x is None or order is None else take_tokens(x, order.argsort(dim=1))
 
 
-def restore_recorded(output: EncoderOutput) -> None:
-    """Put what `capture_outputs` recorded inside the layers back into the original order of the tokens."""
-    orders = output.token_orders
-    if output.hidden_states is not None:
-        # The first entry is the input of layer 0, in that layer's order.
-        output.hidden_states = tuple(
-            # An entry that was not asked for is None.
-            restore_order(x, order)
-            for x, order in zip(output.hidden_states, (orders[0], *orders), strict=True)
+def restore_recorded(
+    hidden_states: tuple[torch.Tensor | None, ...] | None,
+    attentions: tuple[torch.Tensor, ...] | None,
+    orders: tuple[torch.Tensor | None, ...],
+) -> tuple[tuple[torch.Tensor | None, ...] | None, tuple[torch.Tensor, ...] | None]:
+    """Put what `capture_outputs` recorded inside the layers back into the original order of the tokens.
+
+    Args:
+        hidden_states: the input of the first layer and the output of each; None where one was not asked for.
+        attentions: (B, H, N, N) of each layer; empty where the attention implementation gives no weights.
+        orders: `EncoderOutput.token_orders`.
+    """
+    if hidden_states is not None:
+        hidden_states = tuple(
+            restore_order(x, order) for x, order in zip(hidden_states, (orders[0], *orders), strict=True)
         )
-    if output.attentions:  # empty where the attention implementation gives no weights
-        output.attentions = tuple(
+    if attentions:
+        attentions = tuple(
             # (B, H, query, key): the queries first, then the keys.
             restore_order(restore_order(x.transpose(1, 2), order).transpose(1, 3), order).permute(0, 2, 3, 1)
-            for x, order in zip(output.attentions, orders, strict=True)
+            for x, order in zip(attentions, orders, strict=True)
         )
+    return hidden_states, attentions
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -400,55 +418,26 @@ class MoNEPatchEmbeddings(nn.Module):
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
-class MoNEEmbeddings(nn.Module):
-    """Patch and position embeddings, and a class token where `config.pooling` is "cls"."""
+class PositionedTokens(nn.Module):
+    """Learned positions for a grid of tokens, and a class token before them where `config.pooling` is "cls"."""
 
-    def __init__(self, config: MoNEConfig):
+    def __init__(self, config: MoNEConfig, grid: tuple[int, int]):
         super().__init__()
-        self.image_size = as_pair(config.image_size)
-        self.patch_size = as_pair(config.patch_size)
-        self.num_channels = config.num_channels
-        self.grid = tuple(i // p for i, p in zip(self.image_size, self.patch_size, strict=True))
+        self.grid = grid
         self.num_prefix = 1 if config.pooling == "cls" else 0
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if self.num_prefix else None
-        self.patch_embeddings = MoNEPatchEmbeddings(config)
-        num_positions = self.num_prefix + self.grid[0] * self.grid[1]
+        num_positions = self.num_prefix + grid[0] * grid[1]
         self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def check_pixel_values(self, pixel_values: torch.Tensor | None, interpolate_pos_encoding: bool) -> None:
-        """Raise ValueError for images that this model cannot take."""
-        expected = f"(batch, {self.num_channels}, {self.image_size[0]}, {self.image_size[1]})"
-        if pixel_values is None:
-            raise ValueError(f"pixel_values is missing; expected a float tensor of shape {expected}.")
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}; expected {expected}.")
-        size = tuple(pixel_values.shape[2:])
-        if interpolate_pos_encoding:
-            if any(s < p or s % p for s, p in zip(size, self.patch_size, strict=True)):
-                raise ValueError(
-                    f"Image size {size[0]}x{size[1]} must be a positive multiple of the patch size "
-                    f"{self.patch_size[0]}x{self.patch_size[1]}."
-                )
-        elif size != self.image_size:
-            raise ValueError(
-                f"Image size {size[0]}x{size[1]} differs from the model's {self.image_size[0]}x{self.image_size[1]}. "
-                "Resize the images, or pass interpolate_pos_encoding=True."
-            )
-
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """(B, C, height, width) -> (B, num_prefix + N, D)."""
-        embeddings = self.patch_embeddings(pixel_values)
+    def add_positions(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N, D) -> (B, num_prefix + N, D). Positions are interpolated for another grid than the model's."""
         if self.cls_token is not None:
-            embeddings = torch.cat([self.cls_token.expand(embeddings.shape[0], -1, -1), embeddings], dim=1)
-        positions = self.position_embeddings
-        if interpolate_pos_encoding:
-            positions = self.interpolate_positions(*pixel_values.shape[2:])
-        return self.dropout(embeddings + positions)
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return self.dropout(tokens + self.interpolate_positions(grid))
 
-    def interpolate_positions(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for another image size in pixels, bicubic as in transformers' ViT."""
-        grid = (height // self.patch_size[0], width // self.patch_size[1])
+    def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings for a grid of (rows, columns), bicubic as in transformers' ViT."""
         if grid == self.grid:
             return self.position_embeddings
         prefix, patches = self.position_embeddings.tensor_split([self.num_prefix], dim=1)
@@ -456,6 +445,49 @@ class MoNEEmbeddings(nn.Module):
         # float32: bicubic interpolation lacks half-precision kernels on some devices.
         patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
         return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+
+
+class MoNEEmbeddings(PositionedTokens):
+    """Patch and position embeddings, and the class token."""
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__(config, patch_grid(config, as_pair(config.image_size)))
+        self.patch_embeddings = MoNEPatchEmbeddings(config)
+
+    def forward(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, C, height, width) -> (B, num_prefix + N, D)."""
+        return self.add_positions(self.patch_embeddings(pixel_values), grid)
+
+
+def patch_grid(config: MoNEConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of patches in an image of `size` (height, width) pixels."""
+    patch_size = as_pair(config.patch_size)
+    return (size[0] // patch_size[0], size[1] // patch_size[1])
+
+
+def check_pixel_values(
+    config: MoNEConfig, pixel_values: torch.Tensor | None, fixed: tuple[int, ...], interpolate_pos_encoding: bool
+) -> None:
+    """Raise ValueError for `pixel_values` that are not (batch, *fixed, height, width) of a size the model takes."""
+    image_size, patch_size = as_pair(config.image_size), as_pair(config.patch_size)
+    expected = f"(batch, {', '.join(str(n) for n in (*fixed, *image_size))})"
+    if pixel_values is None:
+        raise ValueError(f"pixel_values is missing; expected a float tensor of shape {expected}.")
+    shape = tuple(pixel_values.shape)
+    if len(shape) != len(fixed) + 3 or shape[1:-2] != fixed:
+        raise ValueError(f"pixel_values of shape {shape}; expected {expected}.")
+    height, width = shape[-2:]
+    if interpolate_pos_encoding:
+        if any(s < p or s % p for s, p in zip((height, width), patch_size, strict=True)):
+            raise ValueError(
+                f"Image size {height}x{width} must be a positive multiple of the patch size "
+                f"{patch_size[0]}x{patch_size[1]}."
+            )
+    elif (height, width) != image_size:
+        raise ValueError(
+            f"Image size {height}x{width} differs from the model's {image_size[0]}x{image_size[1]}. "
+            "Resize the images, or pass interpolate_pos_encoding=True."
+        )
 
 
 class MoNEPreTrainedModel(PreTrainedModel):
@@ -475,11 +507,13 @@ class MoNEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MoNELayer, "attentions": MoNEAttention}
     _input_embed_layer = "patch_embeddings"
+    # Classes of this file, for the Auto classes that load a saved folder without the package.
+    _auto_map = {"AutoModel": "MoNEModel", "AutoModelForImageClassification": "MoNEForImageClassification"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MoNEEmbeddings):
+        if isinstance(module, PositionedTokens):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
@@ -488,8 +522,8 @@ class MoNEPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it."""
-        classes = {"AutoModel": MoNEModel, "AutoModelForImageClassification": MoNEForImageClassification}
-        self.config.auto_map = {name: f"modeling_mone.{cls.__name__}" for name, cls in classes.items()}
+        file = type(self).__module__.split(".")[-1]
+        self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
         super().save_pretrained(save_directory, **kwargs)
 
     def project_alpha_(self) -> None:
@@ -514,9 +548,7 @@ class MoNEModel(MoNEPreTrainedModel):
     def __init__(self, config: MoNEConfig):
         super().__init__(config)
         self.embeddings = MoNEEmbeddings(config)
-        self.routers = nn.ModuleList(
-            [Router(config.hidden_size, config.num_experts, config.router_type) for _ in config.router_layers]
-        )
+        self.routers = make_routers(config)
         self.layers = nn.ModuleList([MoNELayer(config) for _ in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -549,46 +581,54 @@ class MoNEModel(MoNEPreTrainedModel):
             TypeError: an unknown keyword, such as a misspelt one.
         """
         check_kwargs(self, kwargs)
-        self.embeddings.check_pixel_values(pixel_values, interpolate_pos_encoding)
-        output_router_logits = kwargs.pop("output_router_logits", getattr(self.config, "output_router_logits", False))
-        encoded = self._encode(pixel_values, capacity, interpolate_pos_encoding, generator, **kwargs, return_dict=True)
-        restore_recorded(encoded)
+        check_pixel_values(self.config, pixel_values, (self.config.num_channels,), interpolate_pos_encoding)
+        with_router_outputs = kwargs.pop("output_router_logits", getattr(self.config, "output_router_logits", False))
+        encoded = self._encode(pixel_values, capacity, generator, **kwargs, return_dict=True)
+        hidden_states, attentions = restore_recorded(encoded.hidden_states, encoded.attentions, encoded.token_orders)
         last_hidden_state = self.layernorm(encoded.last_hidden_state)
         return MoNEModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=last_hidden_state[:, 0] if self.config.pooling == "cls" else last_hidden_state.mean(dim=1),
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            router_logits=encoded.router_logits if output_router_logits else None,
-            expert_indices=encoded.expert_indices if output_router_logits else None,
+            pooler_output=pool(self.config, last_hidden_state),
+            hidden_states=hidden_states,
+            attentions=attentions,
+            router_logits=encoded.router_logits if with_router_outputs else None,
+            expert_indices=encoded.expert_indices if with_router_outputs else None,
         )
 
     @capture_outputs(tie_last_hidden_states=False)
-    def _encode(self, pixel_values, capacity, interpolate_pos_encoding, generator, **kwargs) -> EncoderOutput:
-        config = self.config
-        patch_height, patch_width = self.embeddings.patch_size
-        num_tokens = (pixel_values.shape[2] // patch_height) * (pixel_values.shape[3] // patch_width)
-        counts = token_counts(
-            static_capacity(config.capacity if capacity is None else capacity),
-            config.num_experts,
-            config.capacity_delta,
-            config.capacity_beta,
-            num_tokens,
-        )
+    def _encode(self, pixel_values, capacity, generator, **kwargs) -> EncoderOutput:
+        grid = patch_grid(self.config, pixel_values.shape[-2:])
+        counts = token_counts(self.config, capacity, grid[0] * grid[1])
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        return nested_encoder(config, self.layers, self.routers, hidden_states, counts, generator, **kwargs)
+        hidden_states = self.embeddings(pixel_values, grid)
+        return nested_encoder(
+            self.config,
+            self.layers,
+            self.routers,
+            hidden_states,
+            self.embeddings.num_prefix,
+            counts,
+            generator,
+            **kwargs,
+        )
 
 
-class MoNEForImageClassification(MoNEPreTrainedModel):
-    """MoNE vision transformer with a linear classifier on the pooled tokens."""
+def make_routers(config: MoNEConfig) -> nn.ModuleList:
+    """One router for each of `config.router_layers`."""
+    return nn.ModuleList(
+        [Router(config.hidden_size, config.num_experts, config.router_type) for _ in config.router_layers]
+    )
 
-    def __init__(self, config: MoNEConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.mone = MoNEModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
-        self.post_init()
+
+def pool(config: MoNEConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, num_prefix + N, D) -> (B, D), by `config.pooling`."""
+    return tokens[:, 0] if config.pooling == "cls" else tokens.mean(dim=1)
+
+
+class ClassifierMixin:
+    """The forward of a classifier: a linear layer on the pooled tokens of `base_model`, and its loss."""
+
+    output_class: type[ModelOutput]
 
     @can_return_tuple
     def forward(
@@ -599,21 +639,21 @@ class MoNEForImageClassification(MoNEPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         generator: torch.Generator | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoNEImageClassifierOutput:
+    ) -> ModelOutput:
         r"""
         Args:
             labels (`torch.Tensor` of shape `(batch,)`, or `(batch, num_labels)` for several labels, *optional*):
                 Targets of the loss that `config.problem_type` names: class numbers (single label), 0 and 1 (multi
                 label) or values (regression).
             pixel_values, capacity, interpolate_pos_encoding, generator and the outputs:
-                As in [`MoNEModel`].
+                As in the model without a head.
 
         Raises:
-            ValueError, TypeError: as in [`MoNEModel`].
+            ValueError, TypeError: as in the model without a head.
         """
         check_kwargs(self, kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        outputs = self.mone(
+        outputs = self.base_model(
             pixel_values,
             capacity=capacity,
             interpolate_pos_encoding=interpolate_pos_encoding,
@@ -621,17 +661,26 @@ class MoNEForImageClassification(MoNEPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(self, logits, labels, num_items_in_batch)
-        return MoNEImageClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            expert_indices=outputs.expert_indices,
-        )
+        loss = None if labels is None else classification_loss(self, logits, labels, num_items_in_batch)
+        recorded = {k: v for k, v in outputs.items() if k not in ("last_hidden_state", "pooler_output")}
+        return self.output_class(loss=loss, logits=logits, **recorded)
+
+
+class MoNEForImageClassification(ClassifierMixin, MoNEPreTrainedModel):
+    """MoNE vision transformer with a linear classifier on the pooled tokens."""
+
+    output_class = MoNEImageClassifierOutput
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.mone = MoNEModel(config)
+        self.classifier = make_classifier(config)
+        self.post_init()
+
+
+def make_classifier(config: MoNEConfig) -> nn.Module:
+    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
 
 def classification_loss(
