@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mone import MoNEConfig, MoNEForImageClassification, capacity_for_macs, count_macs
+from mone import (
+    MoNEConfig,
+    MoNEForImageClassification,
+    MoNEViViTConfig,
+    MoNEViViTForVideoClassification,
+    capacity_for_macs,
+    count_macs,
+)
 from mone.capacity import proportionate_allocation, uniform_allocation
 
 
@@ -176,3 +183,32 @@ def test_the_least_budget_works():
     assert count_macs(config, capacity) <= least * 1e9
     with pytest.raises(ValueError):
         capacity_for_macs(config, least * 0.999)
+
+
+@pytest.mark.parametrize(("capacity", "gmacs"), [(1.0, 372.5), (0.4, 163.0)])
+def test_vivit_fe_b_at_256_pixels(capacity, gmacs):
+    """ViViT-FE-B/16x2, 32 frames, 4 temporal layers, 174 classes: the model of Table 1."""
+    config = MoNEViViTConfig(image_size=256, num_labels=174)
+    assert count_macs(config, capacity) / 1e9 == pytest.approx(gmacs, abs=0.15)
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.2, 0.4, 0.7, 1.0, (0.0, 0.0, 1.0, 0.0)], ids=str)
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_video_macs_are_pytorchs(capacity, pooling):
+    config = MoNEViViTConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_temporal_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=32,
+        tubelet_size=(4, 8, 8),
+        num_frames=8,
+        router_layers=(1, 2),
+        pooling=pooling,
+        num_labels=7,
+    )
+    model = MoNEViViTForVideoClassification._from_config(config, attn_implementation="eager").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 8, 3, 32, 32), capacity=capacity)
+    assert count_macs(config, capacity) == pytest.approx(counter.get_total_flops() / 2, rel=0.005)

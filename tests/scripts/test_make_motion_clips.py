@@ -1,0 +1,404 @@
+"""The motion data set maker: what the frames show, what the files hold, and runs that stop or are wrongly called."""
+
+import csv
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from scipy.stats import ks_2samp
+from sklearn.datasets import load_sample_images
+
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import make_motion_clips as script  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """24 parts of scikit-learn's two photographs."""
+    parts = []
+    for photograph in load_sample_images().images:
+        for top in range(0, 400, 134):
+            for left in range(0, 600, 160):
+                parts.append(Image.fromarray(photograph[top : top + 134, left : left + 160]))
+    return parts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photographs):
+    folder = tmp_path_factory.mktemp("photographs")
+    for number, photograph in enumerate(photographs):
+        (folder / str(number % 3)).mkdir(exist_ok=True)
+        photograph.save(folder / str(number % 3) / f"{number}.{'png' if number % 2 else 'JPG'}", format="png")
+    return folder
+
+
+def as_png(photograph):
+    file = io.BytesIO()
+    photograph.save(file, format="png")
+    return file.getvalue()
+
+
+def arguments(folder, output_dir, clips=2, validation=1, **more):
+    options = {"clips_per_class": clips, "validation_clips_per_class": validation, "size": 16, "frames": 4, **more}
+    named = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    return ["--images", str(folder), "--output_dir", str(output_dir), *named]
+
+
+def contents(output_dir):
+    files = sorted(path for path in output_dir.rglob("*") if path.is_file())
+    return {str(path.relative_to(output_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+# What the frames show
+
+
+@pytest.mark.parametrize("pair", script.PAIRS)
+@pytest.mark.parametrize(("frames", "size"), [(16, 32), (5, 64), (2, 16)])
+def test_the_classes_of_a_pair_are_each_others_time_reversal(photographs, pair, frames, size):
+    first, second = (
+        script.render_clip(*photographs[:2], name, rng(3), frames=frames, size=size).astype(int) for name in pair
+    )
+    assert first.shape == (frames, size, size, 3)
+    np.testing.assert_array_equal(first[::-1], second)
+    assert not np.array_equal(first, second)
+
+
+def test_the_draw_decides_all(photographs):
+    clips = [script.render_clip(*photographs[:2], "left", rng(seed)) for seed in (0, 0, 1)]
+    assert clips[0].dtype == np.uint8
+    np.testing.assert_array_equal(clips[0], clips[1])
+    assert not np.array_equal(clips[0], clips[2])
+
+
+def test_many_frames_are_rendered_in_parts_without_a_seam(photographs):
+    size, frames = 512, 6  # four frames at a time
+    clip = script.render_clip(*photographs[:2], "rotate_clockwise", rng(), frames=frames, size=size).astype(int)
+    changes = np.abs(np.diff(clip, axis=0)).mean(axis=(1, 2, 3))
+    assert clip.shape == (frames, size, size, 3)
+    assert changes.max() < 1.5 * changes.min()
+
+
+def test_a_frame_does_not_tell_the_pair(photographs):
+    """The frame where a clip starts is the same in all pairs, and the later ones are as that one in distribution."""
+    starts = [script.render_clip(*photographs[:2], pair[0], rng(5))[0] for pair in script.PAIRS]
+    for start in starts[1:]:
+        np.testing.assert_array_equal(starts[0], start)
+
+    white, black = Image.new("RGB", (9, 9), "white"), Image.new("RGB", (9, 9))
+    for name, _ in script.PAIRS:
+        clips = np.stack(
+            [script.render_clip(white, black, name, rng(seed), frames=9, size=16) for seed in range(1000)]
+        )
+        for values in np.moveaxis(track(clips[..., 0]), -1, 0):  # x, y and area
+            for later in (4, 8):
+                assert ks_2samp(values[:, 0], values[:, later], method="asymp").pvalue > 0.01, (name, later)
+
+
+def track(frames):
+    """(..., H, W) -> (..., 3): circular means of x and y, as the frame is a torus, and the area."""
+    frames = frames.astype(float)
+    size = frames.shape[-1]
+    wave = np.exp(2j * np.pi * (np.arange(size) + 0.5) / size)
+    x, y = ((frames.sum(axis) @ wave) for axis in (-2, -1))
+    x, y = (np.angle(position) / (2 * np.pi) % 1 for position in (x, y))
+    return np.stack([x, y, frames.sum((-2, -1)) / 255], -1)
+
+
+def circular_steps(values):
+    return (np.diff(values) + 0.5) % 1 - 0.5
+
+
+@pytest.mark.parametrize("name", script.CLASSES)
+def test_the_motion_is_what_the_class_says(name):
+    """A bright square over black, of which one half is red and the other half is blue."""
+    halves = np.zeros((40, 40, 3), np.uint8)
+    halves[:, :20, 0] = halves[:, 20:, 2] = 255
+    black = Image.new("RGB", (40, 40))
+    sign = 1 if name in ("right", "down", "approach", "rotate_clockwise") else -1
+    for seed in range(20):
+        clip = script.render_clip(Image.fromarray(halves), black, name, rng(seed), size=96)
+        x, y, area = track(clip.sum(-1)).T
+        red, blue = track(clip[..., 0]), track(clip[..., 2])
+        # From the red half to the blue half, with y downwards as on a screen: a growing angle is clockwise.
+        to_blue = (blue - red + 0.5) % 1 - 0.5
+        angle = np.arctan2(to_blue[:, 1], to_blue[:, 0]) / (2 * np.pi)
+        steps = {
+            "x": circular_steps(x),
+            "y": circular_steps(y),
+            "size": np.diff(np.sqrt(area)) / 96,
+            "angle": circular_steps(angle),
+        }
+        moving = ("x", "y", "size", "angle")[script.CLASSES.index(name) // 2]
+        for kind, step in steps.items():
+            if kind != moving:
+                tolerance = 0.1 if kind == "size" or moving == "size" else 0.03
+                assert np.abs(step).max() < tolerance, (seed, kind)
+        step = sign * steps[moving]
+        if moving == "size":  # once at most it comes again from afar
+            assert (step < 0).sum() <= 1, seed
+            step = np.delete(step, step.argmin())
+        assert (step > 0).all(), (seed, moving)
+
+
+# What the files hold
+
+
+def test_the_files(tmp_path, folder, capsys):
+    output = tmp_path / "out"
+    script.main(arguments(folder, output, size=32, frames=7, fps=5))
+    assert "16 clips of 8 classes" in capsys.readouterr().out
+
+    for split, count in (("train", 2), ("validation", 1)):
+        rows = list(csv.DictReader((output / split / "labels.csv").open()))
+        assert sorted({row["label"] for row in rows}) == sorted(script.CLASSES)
+        assert len(rows) == count * 8
+        assert {row["path"] for row in rows} == {
+            path.relative_to(output / split).as_posix() for path in (output / split).glob("*/*")
+        }
+        assert all(row["path"].startswith(row["label"] + "/") for row in rows)
+
+    splits = script.split_photographs(photos := script.find_photographs(folder), seed=0)
+    for number, (ending, codec) in enumerate((("mp4", "h264"), ("webm", "vp9"))):
+        for pair, names in enumerate(script.PAIRS):
+            draw = np.random.default_rng([0, 0, pair, number])
+            both = script.draw_photographs(photos, splits["train"], draw, 32, set())
+            source = script.render_clip(*both, names[0], draw, frames=7)
+            halved = [av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p") for frame in source]
+            halved = np.stack([frame.to_ndarray(format="rgb24") for frame in halved]).astype(float)
+            decoded = [decode(output / "train" / name / f"0000{number}.{ending}") for name in names]
+            assert decoded[0].shape == (7, 32, 32, 3)
+            # Decoded too, the frames of a pair are the same: the encoder leaves no trace of the direction.
+            np.testing.assert_array_equal(decoded[0], decoded[1][::-1])
+            # Colour at half the resolution costs more than the quantiser.
+            assert np.abs(decoded[0] - halved).mean() < 3
+            assert np.abs(decoded[0] - source.astype(float)).mean() < 10
+        with av.open(str(output / "train" / "up" / f"0000{number}.{ending}")) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name.endswith(codec)
+            assert stream.average_rate == 5
+            assert all(packet.is_keyframe for packet in container.demux(stream) if packet.size)
+
+
+@pytest.mark.parametrize("size", [16, 50, 224])
+def test_any_even_size_is_written(tmp_path, photographs, size):
+    clip = script.render_clip(*photographs[:2], "up", rng(), frames=2, size=size)
+    for ending in ("mp4", "webm"):
+        script.encode_clip(tmp_path / f"a.{ending}", clip, 240)
+        assert decode(tmp_path / f"a.{ending}").shape == clip.shape
+
+
+def test_the_same_arguments_make_the_same_files(tmp_path, folder):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        script.main(arguments(folder, tmp_path / name, seed=seed))
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a.keys() == c.keys()
+    assert all(a[path] != c[path] for path in a if not path.endswith(".csv"))
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm"])
+def test_one_format_only(tmp_path, folder, kind):
+    script.main(arguments(folder, tmp_path / "out", validation=0, format=kind))
+    assert {path.suffix for path in (tmp_path / "out").glob("*/*/*")} == {f".{kind}"}
+    assert not (tmp_path / "out" / "validation").exists()
+
+
+def test_no_photograph_is_in_both_splits(tmp_path, monkeypatch):
+    """Photographs of one colour each, some of them twice under another name."""
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        for copy in range(1 + number % 2):
+            image = Image.new("RGB", (8, 8), (20 * number, 0, 0))
+            image.save(tmp_path / "images" / f"{copy}-{number}.png")
+    drawn = []
+    render = script.render_clip
+    monkeypatch.setattr(script, "render_clip", lambda *a, **k: drawn.append(a[:2]) or render(*a, **k))
+    script.main(arguments(tmp_path / "images", tmp_path / "out", clips=10, validation=5))
+
+    colours = [[image.getpixel((0, 0)) for image in images] for images in drawn]
+    assert len(colours) == 4 * 15
+    assert all(foreground != background for foreground, background in colours)
+    train, validation = ({c for both in part for c in both} for part in (colours[:40], colours[40:]))
+    assert len(train) == 10
+    assert len(validation) == 2
+    assert not train & validation
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary"])
+def test_a_parquet_file(tmp_path, photographs, kind):
+    encoded = [as_png(photograph) for photograph in photographs]
+    column = pa.array([{"bytes": b, "path": None} for b in encoded] if kind == "struct" else encoded)
+    path = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"label": list(range(24)), "image": column, "other": column}), path, row_group_size=5)
+
+    assert list(script.find_photographs(path, "other").values()) == encoded
+    script.main([*arguments(path, tmp_path / "out"), "--image_column", "image"])
+    assert len(list((tmp_path / "out").glob("train/*/*"))) == 16
+    with pytest.raises(ValueError, match=r"image columns \['image', 'other'\]; name one with --image_column"):
+        script.find_photographs(path)
+    with pytest.raises(ValueError, match="--image_column is 'label'; allowed are"):
+        script.find_photographs(path, "label")
+
+
+def test_unreadable_images_are_named_and_passed_over(tmp_path, photographs, capsys):
+    for number, photograph in enumerate(photographs[:6]):
+        photograph.save(tmp_path / f"{number}.png")
+    for number in range(6, 12):
+        (tmp_path / f"{number}.jpg").write_bytes(b"no image" * number)
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[: len(whole) // 2])
+    # Of 12, two are for validation; the seed puts readable ones there.
+    seed = next(
+        seed
+        for seed in range(100)
+        if not {"0.png", *(f"{n}.jpg" for n in range(6, 12))}
+        & set(script.split_photographs(script.find_photographs(tmp_path), seed)["validation"])
+    )
+    script.main(arguments(tmp_path, tmp_path / "out", clips=5, seed=seed))
+    errors = capsys.readouterr().err
+    assert errors.count("0.png cannot be read as an image") == 1
+    assert errors.count("6.jpg cannot be read as an image") == 1
+    assert len(list((tmp_path / "out").glob("train/*/*"))) == 40
+
+
+# Runs that stop, go on or are refused
+
+
+def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
+    script.main(arguments(folder, tmp_path / "whole"))
+    expected = contents(tmp_path / "whole")
+
+    # Stopped in the middle of the 6th file.
+    replace, files = Path.replace, []
+
+    def stop(path, target):
+        files.append(target)
+        if len(files) == 6:
+            path.write_bytes(path.read_bytes()[:500])
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(arguments(folder, tmp_path / "out"))
+    stopped = contents(tmp_path / "out")
+    complete = {path: digest for path, digest in stopped.items() if path.endswith((".mp4", ".webm"))}
+    assert len(complete) == 5
+    assert complete.items() <= expected.items()
+    assert not any(path.endswith("labels.csv") for path in stopped)
+
+    times = {path: (tmp_path / "out" / path).stat().st_mtime_ns for path in complete}
+    script.main(arguments(folder, tmp_path / "out"))
+    assert contents(tmp_path / "out") == expected
+    assert times == {path: (tmp_path / "out" / path).stat().st_mtime_ns for path in complete}
+
+
+def test_control_c_says_how_to_go_on(tmp_path, folder):
+    command = [sys.executable, str(ROOT / "scripts/make_motion_clips.py"), *arguments(folder, tmp_path, clips=2000)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "train/left/00000.mp4").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "The same command goes on from here." in errors
+    assert "Traceback" not in errors
+
+
+def test_more_clips_can_be_added(tmp_path, folder, capsys):
+    script.main(arguments(folder, tmp_path / "a", clips=1, validation=0))
+    script.main(arguments(folder, tmp_path / "a", clips=3, validation=2))
+    script.main(arguments(folder, tmp_path / "b", clips=3, validation=2))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert_refused(
+        arguments(folder, tmp_path / "a", clips=2, validation=2), "8 videos more than are asked for", capsys
+    )
+
+
+def assert_refused(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("clips_per_class", 0, "--clips_per_class is 0; allowed are whole numbers from 1 to"),
+        ("validation_clips_per_class", -1, "--validation_clips_per_class is -1; allowed are whole numbers from 0 to"),
+        ("frames", 1, "--frames is 1; allowed are whole numbers from 2 to"),
+        ("size", 8, "--size is 8; allowed are whole numbers from 16 to 1024"),
+        ("size", 33, "--size is 33; allowed are even numbers"),
+        ("fps", 0, "--fps is 0; allowed are whole numbers from 1 to 240"),
+        ("seed", -1, "--seed is -1; allowed are whole numbers from 0 to"),
+        ("format", "avi", "invalid choice: 'avi'"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_any_work(tmp_path, folder, capsys, option, value, message):
+    assert_refused(arguments(folder, tmp_path / "out", **{option: value}), message, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_images_are_refused_before_any_work(tmp_path, photographs, capsys):
+    few, wrong, text = tmp_path / "few", tmp_path / "wrong.parquet", tmp_path / "images.txt"
+    few.mkdir()
+    for number in range(6):  # only three are different
+        photographs[number % 3].save(few / f"{number}.png")
+    wrong.write_text("no parquet")
+    text.write_text("no images")
+    for source, message in (
+        (tmp_path / "none", "none, which does not exist"),
+        (few, "few holds 3 different images; at least 4 are needed"),
+        (wrong, "wrong.parquet cannot be read as a parquet file"),
+        (text, "images.txt; allowed are a folder and a file that ends in .parquet"),
+    ):
+        assert_refused(arguments(source, tmp_path / "out"), message, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_clips_of_other_arguments_are_not_mixed(tmp_path, folder, photographs, capsys):
+    script.main(arguments(folder, tmp_path / "out", clips=1))
+    before = contents(tmp_path / "out")
+    for option, value, was in (("size", 32, 16), ("frames", 5, 4), ("seed", 1, 0), ("format", "mp4", "both")):
+        message = f"was made with --{option} {was}, which is now {value}"
+        assert_refused(arguments(folder, tmp_path / "out", clips=1, **{option: value}), message, capsys)
+    for number, photograph in enumerate(photographs[:5]):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        photograph.save(tmp_path / "other" / f"{number}.png")
+    assert_refused(arguments(tmp_path / "other", tmp_path / "out", clips=1), "--images 24 images", capsys)
+    assert contents(tmp_path / "out") == before
+
+    (tmp_path / "out" / "settings.json").unlink()
+    assert_refused(arguments(folder, tmp_path / "out", clips=1), "holds videos of another origin", capsys)
+
+
+def test_an_unknown_class_is_refused(photographs):
+    with pytest.raises(ValueError, match="The class is 'sideways'; allowed are right, left"):
+        script.render_clip(*photographs[:2], "sideways", rng())
