@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, ViTFo
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from mone import MoNEConfig, MoNEForImageClassification, count_macs
+from mone.configuration_mone import as_pair
 from mone.conversion import mone_from_vit
 from mone.data import LabelledImages, collate_images, load_image_datasets, make_image_transforms
 from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments
@@ -157,7 +158,7 @@ def load(model_args: ModelArguments, data_args: DataArguments, training_args: Mo
         config.update_from_string(model_args.config_overrides.replace(" ", ""))
         # Made anew, so that the overrides are validated together.
         config = MoNEConfig.from_dict({**config.to_dict(), **labels})
-        height, width = MoNEForImageClassification(config).mone.embeddings.image_size
+        height, width = as_pair(config.image_size)
         processor = ViTImageProcessor(size={"height": height, "width": width})
         return MoNEForImageClassification(config), processor, splits
 

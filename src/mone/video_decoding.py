@@ -127,8 +127,9 @@ class VideoReader:
     frame where that is cheaper than decoding on.
 
     Damaged files: frames whose data the file no longer holds (cut off) or that the container marks as corrupt do not
-    count, as if the video ended or skipped there. A frame that is there and cannot be decoded is replaced by the one
-    before it, as players do. Either is an error once less than half of the frames are readable.
+    count, as if the video ended or skipped there. A frame that is there and cannot be decoded is replaced by the
+    nearest earlier one that `read` was asked for (else the nearest later one). Either is an error once less than half
+    of the frames are readable.
 
     Not applied: pixel aspect ratio, deinterlacing.
 
@@ -148,6 +149,7 @@ class VideoReader:
         VideoDecodeError: the file is missing, empty, no video, cut off before its half, has no video stream (audio
             only, cover pictures) or no decoder, or holds no frame.
         TypeError: `source` is of another type.
+        ValueError: `num_threads` is negative or no integer.
     """
 
     def __init__(self, source, *, name: str | None = None, num_threads: int = 1):
@@ -171,6 +173,8 @@ class VideoReader:
             raise TypeError(
                 f"source must be a path, bytes or a binary file object, got {type(source).__name__}: {source!r:.100}"
             )
+        if isinstance(num_threads, bool) or not isinstance(num_threads, numbers.Integral) or num_threads < 0:
+            raise ValueError(f"num_threads={num_threads!r} must be an integer of at least 0.")
         self._num_threads = num_threads
         self._container = None
         self._size = None
@@ -305,49 +309,33 @@ class VideoReader:
     def _collect(self, wanted: list[int], transform: Callable) -> np.ndarray:
         """The transformed frames of `wanted`, which is sorted and without repetitions."""
         images = None
-        missing = dict(zip(wanted, itertools.count()))  # frame -> place in images
-
-        def store(index: int, frame: av.VideoFrame) -> None:
-            nonlocal images
-            image = transform(self._to_rgb(frame))
-            if images is None:
-                images = np.empty((len(wanted), *image.shape), image.dtype)
-            images[missing.pop(index)] = image
-
-        for start, group in self._groups(wanted):
-            trusted = start == 0
-            for index, frame in self._decode(start):
+        missing = {index: place for place, index in enumerate(wanted)}
+        # From the start once more where that did not give all: behind a false keyframe, or around damage.
+        for start, group in [*self._groups(wanted), (None, wanted)]:
+            if missing.keys().isdisjoint(group):
+                continue
+            trusted = not start
+            for index, frame in self._decode(start or 0):
                 # A seek that does not give the keyframe itself led to the midst of an intra refresh.
                 trusted = trusted or index <= self._index_of_time[self._seen[start][0]]
                 if not trusted:
                     break
-                # Marked as corrupt after a seek: decoding from the start may give it whole.
-                if index in missing and not frame.is_corrupt:
-                    store(index, frame)
-                if index >= group[-1]:
+                # Marked as corrupt, by damage or by a seek: the last attempt takes it nevertheless.
+                if index in missing and not (frame.is_corrupt and start is not None):
+                    image = transform(self._to_rgb(frame))
+                    if images is None:
+                        images = np.empty((len(wanted), *image.shape), image.dtype)
+                    images[missing.pop(index)] = image
+                if index >= group[-1] or not missing:
                     break
-        if not missing:
-            return images
-
-        # Damaged, or a keyframe that was none. From the start, as a player would, the last image staying.
-        replaced, last = 0, None
-        for index, frame in self._decode(0):
-            for earlier in [place for place in missing if place < index]:
-                store(earlier, last or frame)
-                replaced += 1
-            if index in missing:
-                store(index, frame)
-            last = frame
-            if not missing:
-                break
-        replaced += len(missing)
-        if len(wanted) - replaced < MIN_READABLE * len(wanted):
+        found = [place for place, index in enumerate(wanted) if index not in missing]
+        if not found or len(found) < MIN_READABLE * len(wanted):
             raise VideoDecodeError(
-                f"{self.name}: damaged; only {len(wanted) - replaced} of {len(wanted)} frames could be decoded, and "
-                f"at least {MIN_READABLE:.0%} are needed."
+                f"{self.name}: damaged; only {len(found)} of {len(wanted)} frames could be decoded, and at least one "
+                f"and {MIN_READABLE:.0%} are needed."
             )
-        for index in list(missing):
-            store(index, last)
+        for place in missing.values():
+            images[place] = images[found[max(0, bisect.bisect(found, place) - 1)]]
         return images
 
     def _groups(self, wanted: list[int]) -> list[tuple[int, list[int]]]:
@@ -415,13 +403,19 @@ class VideoReader:
                 # Empty packets, some files' repeated frames, would end the decoding.
                 if packet.size:
                     yield packet
-        except av.error.FFmpegError:
+        # IndexError: PyAV, at the end, where damage made it see streams that the header does not have.
+        except (av.error.FFmpegError, IndexError):
             pass
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """(height, width, 3) uint8, upright."""
         self._size = self._size or (frame.width, frame.height)
-        image = frame.to_ndarray(format="rgb24", width=self._size[0], height=self._size[1], threads=1)
+        try:
+            image = frame.to_ndarray(format="rgb24", width=self._size[0], height=self._size[1], threads=1)
+        except av.error.FFmpegError as error:  # damage that makes up a colour space, for one
+            raise VideoDecodeError(
+                f"{self.name}: damaged; a frame in {frame.format.name} cannot be converted to RGB ({error.strerror})."
+            ) from error
         matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
         if matrix is not None:
             # x' = a x + c y, y' = b x + d y, to the nearest multiple of 90 degrees.
