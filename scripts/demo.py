@@ -145,7 +145,7 @@ def train_dense(output_dir: Path, folders: dict[str, Path], epochs: int) -> None
         ),
         data_collator=collate_images,
         train_dataset=LabelledImages(
-            splits["train"], make_image_transforms(processor, train=True, flip=False, min_crop=0.6)
+            splits["train"], make_image_transforms(processor, (32, 32), train=True, flip=False, min_crop=0.6)
         ),
         processing_class=processor,
     )

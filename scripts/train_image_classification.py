@@ -10,7 +10,10 @@ The arguments may also stand in one JSON or YAML file. A run that was stopped go
 `--output_dir` when it is started again.
 """
 
+import ast
+import difflib
 import logging
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -37,7 +40,10 @@ class ModelArguments:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Config fields of a new model: hidden_size=64,num_hidden_layers=2,image_size=32,..."},
+        metadata={
+            "help": "Config fields of a new model, or to change in a checkpoint's: "
+            "hidden_size=64,num_hidden_layers=2,router_layers=(0,1),..."
+        },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models."})
@@ -83,7 +89,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if limits[name] is not None:
             split = split.shuffle(seed=training_args.seed).select(range(min(limits[name], len(split))))
         augment = make_image_transforms(
-            image_processor, train=name == "train", flip=data_args.flip, min_crop=data_args.min_crop
+            image_processor,
+            as_pair(model.config.image_size),
+            train=name == "train",
+            flip=data_args.flip,
+            min_crop=data_args.min_crop,
         )
         data_sets[name] = LabelledImages(split, augment, training_args.seed)
 
@@ -106,11 +116,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         checkpoint = training_args.resume_from_checkpoint or get_last_checkpoint_or_none(training_args.output_dir)
         if checkpoint is not None:
             logger.info("Going on from the checkpoint %s.", checkpoint)
+        first_step = int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
+        if trainer.state.global_step > first_step:  # a run that had finished before keeps its numbers
+            trainer.log_metrics("train", result.metrics)
+            trainer.save_metrics("train", result.metrics)
         metrics.update(result.metrics)
     if training_args.do_eval:
         result = trainer.evaluate()
@@ -126,26 +138,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def load(model_args: ModelArguments, data_args: DataArguments, training_args: MoNETrainingArguments):
     """The model, its image processor and the data sets, with one set of labels."""
-    if (model_args.model_name_or_path is None) == (model_args.config_overrides is None):
-        raise ValueError("Give either --model_name_or_path or --config_overrides for a new model.")
+    overrides = parse_overrides(model_args.config_overrides or "")
+    if model_args.model_name_or_path is None and not overrides:
+        raise ValueError("Give --model_name_or_path, or --config_overrides for a new model.")
     hub = {
         "revision": model_args.model_revision,
         "token": model_args.token,
         "cache_dir": model_args.cache_dir,
     }
-    config = MoNEConfig()
+    names = None
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path, **hub)
         if config.model_type not in ("mone", "vit"):
             raise ValueError(
                 f"{model_args.model_name_or_path} is a {config.model_type!r} model; allowed are 'mone' and 'vit'."
             )
+        if not training_args.do_train:
+            names = [config.id2label[number] for number in range(config.num_labels)]
 
     source = {name: getattr(data_args, name) for name in DataArguments.__annotations__ if name not in NOT_OF_SOURCE}
     splits = load_image_datasets(
         **source,
-        label_names=None if training_args.do_train else list(config.id2label.values()),
-        seed=training_args.data_seed or training_args.seed,
+        label_names=names,
+        seed=training_args.seed,
+        token=model_args.token,
         cache_dir=model_args.cache_dir,
     )
     for needed, name in ((training_args.do_train, "train"), (training_args.do_eval, "validation")):
@@ -155,9 +171,7 @@ def load(model_args: ModelArguments, data_args: DataArguments, training_args: Mo
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
     if model_args.model_name_or_path is None:
-        config.update_from_string(model_args.config_overrides.replace(" ", ""))
-        # Made anew, so that the overrides are validated together.
-        config = MoNEConfig.from_dict({**config.to_dict(), **labels})
+        config = MoNEConfig(**overrides, **labels)
         height, width = as_pair(config.image_size)
         processor = ViTImageProcessor(size={"height": height, "width": width})
         return MoNEForImageClassification(config), processor, splits
@@ -167,8 +181,31 @@ def load(model_args: ModelArguments, data_args: DataArguments, training_args: Mo
     options = {**hub, **labels, "ignore_mismatched_sizes": True}
     if config.model_type == "vit":
         vit = ViTForImageClassification.from_pretrained(model_args.model_name_or_path, **options)
-        return mone_from_vit(vit), processor, splits
-    return MoNEForImageClassification.from_pretrained(model_args.model_name_or_path, **options), processor, splits
+        return mone_from_vit(vit, **overrides), processor, splits
+    model = MoNEForImageClassification.from_pretrained(model_args.model_name_or_path, **options, **overrides)
+    return model, processor, splits
+
+
+def parse_overrides(text: str) -> dict:
+    """`"hidden_size=64,router_layers=(0,1),pooling=cls"` -> fields of MoNEConfig.
+
+    Raises:
+        ValueError: for a part without "=", or a name that is no field.
+    """
+    fields = {}
+    for part in re.split(r",(?![^(\[]*[)\]])", text.replace(" ", "")):  # commas outside of brackets
+        name, equals, value = part.partition("=")
+        if not part:
+            continue
+        if not equals or name not in MoNEConfig.__annotations__:
+            close = difflib.get_close_matches(name, MoNEConfig.__annotations__, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"--config_overrides: {part!r} is not FIELD=VALUE with a field of MoNEConfig.{hint}")
+        try:
+            fields[name] = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
+        except (SyntaxError, ValueError):
+            fields[name] = value  # a string
+    return fields
 
 
 # Fields of DataArguments that say what to do with the images, and not where they are.

@@ -59,13 +59,7 @@ def solve_capacity_distribution(
     Raises:
         ValueError: if an argument is out of range.
     """
-    widths = relative_widths(num_experts)
-    e_c = _as_number(effective_capacity)
-    if e_c is None or not widths[0] <= e_c <= 1.0:
-        raise ValueError(
-            f"effective capacity must be a number in [{widths[0]:g}, 1] for {num_experts} experts, "
-            f"got {effective_capacity!r}."
-        )
+    e_c = _check_effective_capacity(effective_capacity, num_experts)
     if not (_as_number(delta) or 0) > 1 or not (_as_number(beta) or 0) > 0:
         raise ValueError(f"Eq. 3 needs finite delta > 1 and beta > 0, got delta={delta!r} and beta={beta!r}.")
     return _solve(e_c, num_experts, float(delta), float(beta))
@@ -136,15 +130,10 @@ def greedy_allocation(effective_capacity: float, num_experts: int = 4) -> tuple[
     Raises:
         ValueError: if `effective_capacity` is not in [1 / 2**(E-1), 1].
     """
-    smallest = relative_widths(num_experts)[0]
-    e_c = _as_number(effective_capacity)
-    if e_c is None or not smallest <= e_c <= 1.0:
-        raise ValueError(
-            f"effective capacity must be a number in [{smallest:g}, 1] for {num_experts} experts, "
-            f"got {effective_capacity!r}."
-        )
+    e_c = _check_effective_capacity(effective_capacity, num_experts)
     if num_experts == 1:
         return (1.0,)
+    smallest = relative_widths(num_experts)[0]
     largest = (e_c - smallest) / (1.0 - smallest)
     return (1.0 - largest, *(0.0,) * (num_experts - 2), largest)
 
@@ -203,6 +192,16 @@ def tokens_per_expert(shares: Sequence[float], num_tokens: int) -> tuple[int, ..
     # 1e-6: a share such as 0.3 * 10 must not lose a token to the last bit of a float.
     larger = [math.floor(share * num_tokens + 1e-6) for share in shares[1:]]
     return (num_tokens - sum(larger), *larger)
+
+
+def _check_effective_capacity(value: object, num_experts: int) -> float:
+    smallest = relative_widths(num_experts)[0]
+    number = _as_number(value)
+    if number is None or not smallest <= number <= 1.0:
+        raise ValueError(
+            f"effective capacity must be a number in [{smallest:g}, 1] for {num_experts} experts, got {value!r}."
+        )
+    return number
 
 
 def _as_number(value: object) -> float | None:

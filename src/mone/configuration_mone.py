@@ -97,7 +97,13 @@ class MoNEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # Also here, for a plain ValueError at construction; as `validate_*` hooks they run again before saving.
+        self.check()
+
+    def check(self) -> None:
+        """Raise ValueError for fields that do not fit together.
+
+        Called when a config and when a model is made; before saving, transformers runs the `validate_*` hooks.
+        """
         self.validate_widths()
         self.validate_sizes()
         self.validate_routing()
@@ -181,6 +187,10 @@ class MoNEViViTConfig(MoNEConfig):
         self.validate_tubelets()
         self.patch_size = list(self.tubelet_size[1:])
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        self.validate_tubelets()
+        super().check()
 
     def validate_tubelets(self):
         if len(self.tubelet_size) != 3 or min(self.tubelet_size) < 1:

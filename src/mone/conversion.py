@@ -17,11 +17,21 @@ def mone_from_vit(vit: ViTForImageClassification, **config) -> MoNEForImageClass
         config: fields of [`MoNEConfig`] to set, such as `num_experts`, `router_layers` or `capacity`.
 
     Raises:
+        TypeError: for a name that is no field.
         ValueError: if the width is not divisible by 2**(num_experts - 1), or a weight has no counterpart.
     """
+    unknown = sorted(set(config) - set(MoNEConfig.__annotations__))
+    if unknown:
+        raise TypeError(f"{unknown} are no fields of MoNEConfig; allowed are {sorted(MoNEConfig.__annotations__)}.")
+    if config.get("pooling", "cls") != "cls":
+        raise ValueError(f"pooling={config['pooling']!r}: a ViT classifier reads its class token, pooling='cls'.")
     shared = {name: value for name, value in vit.config.to_dict().items() if name in MoNEConfig.__annotations__}
     names = {name: getattr(vit.config, name) for name in ("id2label", "label2id", "problem_type")}
-    model = MoNEForImageClassification(MoNEConfig(**{**shared, **names, "pooling": "cls", **config}))
+    model = MoNEForImageClassification._from_config(
+        MoNEConfig(**{**shared, **names, "pooling": "cls", **config}),
+        attn_implementation=vit.config._attn_implementation,
+        dtype=vit.dtype,
+    )
     weights = {
         "mone." + key.removeprefix("vit.") if key.startswith("vit.") else key: value
         for key, value in vit.state_dict().items()
@@ -32,4 +42,4 @@ def mone_from_vit(vit: ViTForImageClassification, **config) -> MoNEForImageClass
         raise ValueError(
             f"Weights of {type(vit).__name__} missing: {missing}; without counterpart: {result.unexpected_keys}."
         )
-    return model.to(vit.dtype)
+    return model.to(vit.device).train(vit.training)

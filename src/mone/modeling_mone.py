@@ -134,6 +134,11 @@ def add_updates(
     return out
 
 
+def concatenate(slices: list[torch.Tensor]) -> torch.Tensor:
+    """(B, n_i, D) -> (B, N, D); a single slice is not copied."""
+    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+
+
 class MoNEAttention(nn.Module):
     """Self-attention over all tokens at full width D, whichever expert projects a token in and out."""
 
@@ -158,7 +163,7 @@ class MoNEAttention(nn.Module):
         """(B, N, D) -> one update (B, stop - start, d) per slice, and the attention weights (eager only)."""
         inputs = [hidden_states[:, start:stop, :d] for start, stop, d in slices]
         query, key, value = (
-            torch.cat([proj(x) for x in inputs], dim=1)
+            concatenate([proj(x) for x in inputs])
             .unflatten(-1, (self.num_attention_heads, self.head_dim))
             .transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -300,7 +305,7 @@ def nested_encoder(
     Returns:
         The tokens before the final norm in original order, and the routers' decisions.
     """
-    routers = dict(zip(config.router_layers, routers, strict=False))
+    routers = dict(zip(config.router_layers, routers, strict=True)) if len(routers) else {}
     slices = ((0, hidden_states.shape[1], config.hidden_size),)
     order, gate, feature_mask = None, None, None
     orders, router_logits, expert_indices = [], [], []
@@ -370,7 +375,8 @@ def expert_feature_mask(
 def take_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """x[b, order[b, n]] for x of shape (B, N, ...) and an order of shape (B, N)."""
     index = order.reshape(*order.shape, *(1,) * (x.dim() - 2))
-    return x.gather(1, index.expand_as(x))
+    # The layers of one model may lie on several devices; the order stays where its router is.
+    return x.gather(1, index.to(x.device).expand_as(x))
 
 
 def restore_order(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor | None:
@@ -510,6 +516,10 @@ class MoNEPreTrainedModel(PreTrainedModel):
     # Classes of this file, for the Auto classes that load a saved folder without the package.
     _auto_map = {"AutoModel": "MoNEModel", "AutoModelForImageClassification": "MoNEForImageClassification"}
 
+    def __init__(self, config: MoNEConfig, *args, **kwargs):
+        config.check()  # fields may have been set since it was made, as from_pretrained does
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -522,7 +532,9 @@ class MoNEPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it."""
-        file = type(self).__module__.split(".")[-1]
+        # The class that names these files, not a subclass made elsewhere (in a notebook, by FSDP2).
+        owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
+        file = owner.__module__.split(".")[-1]
         self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
         super().save_pretrained(save_directory, **kwargs)
 

@@ -29,7 +29,11 @@ def expert_preferred_routing(probabilities: torch.Tensor, token_counts: Sequence
         Assigned tokens are masked with -inf, not with the paper's 0, which would tie with a probability of 0.
     """
     _check_counts(token_counts, probabilities)
-    experts = torch.zeros(probabilities.shape[:-1], dtype=torch.int64, device=probabilities.device)
+    shape, device = probabilities.shape[:-1], probabilities.device
+    largest = max(token_counts)
+    if largest == sum(token_counts):  # one expert takes all: nothing to rank
+        return torch.full(shape, list(token_counts).index(largest), dtype=torch.int64, device=device)
+    experts = torch.zeros(shape, dtype=torch.int64, device=device)
     for expert in range(probabilities.shape[-1] - 1, 0, -1):
         if token_counts[expert] == 0:
             continue

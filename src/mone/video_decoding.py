@@ -273,10 +273,11 @@ class VideoReader:
         # mp4 lists all of its packets, cut off or not.
         promised = sum(entry.size > 0 for entry in self._stream.index_entries)
         is_vp8 = self._decoder.name in ("vp8", "libvpx")
-        self._seen = []
+        self._seen, self._decoding_times = [], []
         shown, keyframes = [], []
         for position, packet in enumerate(self._packets()):
             self._seen.append((packet.pts, packet.size))
+            self._decoding_times.append(packet.pts if packet.dts is None else packet.dts)
             # VP8 has packets that only help to predict others (RFC 6386, section 9.1).
             hidden = is_vp8 and not memoryview(packet)[0] & 0x10
             if not (hidden or packet.is_discard or packet.is_corrupt):
@@ -377,7 +378,8 @@ class VideoReader:
         """The stream's packets from number `start` on: seeking where possible, else reading from the beginning."""
         if start > 0:
             try:
-                self._container.seek(self._seen[start][0], stream=self._stream)
+                # To the time of decoding: some formats seek by it, and in the others it is no later.
+                self._container.seek(self._decoding_times[start], stream=self._stream)
             except av.error.FFmpegError:
                 pass  # a format that cannot
             else:

@@ -112,21 +112,23 @@ def test_sources_that_are_no_source(tmp_path, cache):
         load_image_datasets(train_file="no/such.parquet")
 
 
-def test_evaluation_transform_equals_the_image_processor():
-    """Small images are resized as the pipeline's processor does it, so that both see the same pixels."""
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    image = picture(0, size=(48, 48))
+def test_evaluation_sees_what_the_image_processor_makes():
+    processor = ViTImageProcessor(size={"height": 32, "width": 24}, do_normalize=False)
+    image = picture(0, size=(48, 40))
     expected = processor(images=image, return_tensors="pt").pixel_values[0]
-    torch.testing.assert_close(make_image_transforms(processor, train=False)(image), expected, atol=0.02, rtol=0)
+    assert torch.equal(make_image_transforms(processor, (32, 24), train=False)(image), expected)
 
 
-def test_large_images_are_cropped_in_the_centre():
-    processor = ViTImageProcessor(size={"height": 224, "width": 224})
-    image = PILImage.new("RGB", (256, 256), "black")
-    image.paste("white", (16, 16, 240, 240))
-    pixels = make_image_transforms(processor, train=False)(image)
-    assert pixels.shape == (3, 224, 224)
-    assert (pixels == 1).all(), "the border is outside of the central 224 of 256 pixels"
+def test_training_keeps_the_processors_resampling_and_normalisation():
+    """With the whole image as the only possible crop, training differs from evaluation by nothing."""
+    image = picture(0, size=(48, 48))
+    for options in ({}, {"do_normalize": False}, {"resample": 0, "image_mean": [0.1, 0.2, 0.3]}):
+        processor = ViTImageProcessor(size={"height": 32, "width": 32}, **options)
+        augment = make_image_transforms(processor, (32, 32), train=True, flip=False, min_crop=1.0)
+        torch.manual_seed(0)
+        crops = [augment(image) for _ in range(200)]
+        expected = processor(images=image, return_tensors="pt").pixel_values[0]
+        assert min((crop - expected).abs().max() for crop in crops) < 0.02, options
 
 
 def test_training_transform_flips_only_when_asked():
@@ -134,7 +136,7 @@ def test_training_transform_flips_only_when_asked():
     image = PILImage.new("RGB", (8, 8), "black")
     image.paste("white", (0, 0, 4, 8))
     for flip, sides in ((True, {True, False}), (False, {True})):
-        augment = make_image_transforms(processor, train=True, flip=flip, min_crop=1.0)
+        augment = make_image_transforms(processor, (8, 8), train=True, flip=flip, min_crop=1.0)
         torch.manual_seed(0)
         pixels = [augment(image) for _ in range(30)]
         assert {bool(x[0, 4, 0] > x[0, 4, 7]) for x in pixels if x[0, 4, 0] != x[0, 4, 7]} == sides
@@ -145,7 +147,7 @@ def test_rows_and_batches(tmp_path, cache):
         train_dir=write_folder(tmp_path / "t", ["cat", "dog"]), validation_split=0, cache_dir=cache
     )
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    data = LabelledImages(splits["train"], make_image_transforms(processor, train=False))
+    data = LabelledImages(splits["train"], make_image_transforms(processor, (8, 8), train=False))
     assert len(data) == 6
     batch = collate_images([data[i] for i in (0, 5)])
     assert batch["pixel_values"].shape == (2, 3, 8, 8)
@@ -154,7 +156,7 @@ def test_rows_and_batches(tmp_path, cache):
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone(tmp_path, cache):
     splits = load_image_datasets(train_dir=write_folder(tmp_path / "t", ["cat"]), validation_split=0, cache_dir=cache)
-    augment = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), train=True)
+    augment = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), (8, 8), train=True)
     data = LabelledImages(splits["train"], augment, seed=1)
     first = data[0]["pixel_values"]
     state = torch.get_rng_state()
@@ -168,3 +170,36 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone(tmp_path, cache):
     data.set_epoch(0)
     assert torch.equal(data[0]["pixel_values"], first)
     assert not torch.equal(LabelledImages(splits["train"], augment, seed=2)[0]["pixel_values"], first)
+
+
+def test_persistent_workers_see_the_epoch(tmp_path, cache):
+    splits = load_image_datasets(train_dir=write_folder(tmp_path / "t", ["cat"]), validation_split=0, cache_dir=cache)
+    augment = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), (8, 8), train=True)
+    data = LabelledImages(splits["train"], augment)
+    options = {"batch_size": 3, "collate_fn": collate_images, "num_workers": 1, "persistent_workers": True}
+    loader = torch.utils.data.DataLoader(data, **options)
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        batch = next(iter(loader))["pixel_values"]
+        assert torch.equal(batch, torch.stack([data[i]["pixel_values"] for i in range(3)]))
+
+
+@pytest.mark.parametrize("name", ["plain/", "with [brackets]"])
+def test_folder_names_as_people_type_them(tmp_path, cache, name):
+    write_folder(tmp_path / name, ["cat", "dog"])
+    (tmp_path / name / "stray.png").write_bytes(b"not in a class folder")
+    splits = load_image_datasets(train_dir=f"{tmp_path}/{name}", validation_split=0, cache_dir=cache)
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    assert len(splits["train"]) == 6
+
+
+def test_a_folder_without_images(tmp_path, cache):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="empty must be a folder that holds one folder of images per class"):
+        load_image_datasets(train_dir=str(tmp_path / "empty"), cache_dir=cache)
+
+
+def test_a_row_without_a_label(tmp_path, cache):
+    file = write_parquet(tmp_path / "t.parquet", [0, None, 1], Value("int64"))
+    with pytest.raises(ValueError, match="Row 1 of the train set has no label: None"):
+        load_image_datasets(train_file=file, validation_split=0, cache_dir=cache)

@@ -39,3 +39,14 @@ class MoNETrainingArguments(TrainingArguments):
             "Default: --learning_rate."
         },
     )
+
+    def __post_init__(self):
+        # A YAML file gives a lone capacity as a number, and 1e-3 as text.
+        if isinstance(self.eval_capacities, (int, float)):
+            self.eval_capacities = [self.eval_capacities]
+        for name in ("learning_rate", "router_learning_rate"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, float(getattr(self, name)))
+        if self.capacity_schedule not in CAPACITY_SCHEDULES:
+            raise ValueError(f"capacity_schedule={self.capacity_schedule!r} must be one of {CAPACITY_SCHEDULES}.")
+        super().__post_init__()

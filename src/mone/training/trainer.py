@@ -1,16 +1,15 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """transformers' Trainer with a capacity for every step and every evaluation."""
 
+import time
+
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
 
 from ..capacity import relative_widths
 from ..flops import count_macs
 from ..routing import Router
 from .schedules import PAPER_GRID, capacity_at_step
-
-
-# What Trainer measures about an evaluation itself, and a mean over capacities should not hide.
-_SPEED_METRICS = ("_runtime", "_per_second", "_preparation_time")
 
 
 class MoNECallback(TrainerCallback):
@@ -42,6 +41,8 @@ class MoNETrainer(Trainer):
         self.capacity = config.capacity if self.args.capacity is None else self.args.capacity
         for capacity in (self.capacity, *self.args.eval_capacities):
             config.resolve_capacity(capacity)
+        if self.args.capacity_schedule == "fixed":
+            config.capacity = self.capacity  # what it is trained for is what the saved model runs at
         # With fewer than four experts the smallest model is larger than the grid's first entries.
         smallest = relative_widths(config.num_experts)[0]
         self.grid = tuple(capacity for capacity in PAPER_GRID if capacity >= smallest)
@@ -73,21 +74,31 @@ class MoNETrainer(Trainer):
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
         if several or not self.args.eval_capacities:  # Trainer calls this again for each of several data sets
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        loader = self.get_eval_dataloader(eval_dataset)
         metrics, values = {}, {}
         try:
             for capacity in self.args.eval_capacities:
                 self._eval_capacity = capacity
                 prefix = f"{metric_key_prefix}_capacity_{capacity:g}"
-                result = super().evaluate(eval_dataset, ignore_keys, prefix)
-                metrics.update(result)
-                for key, value in result.items():
-                    if key.startswith(prefix) and not key.endswith(_SPEED_METRICS):
-                        values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
+                start = time.time()
+                output = self.evaluation_loop(
+                    loader,
+                    description=f"Evaluation at capacity {capacity:g}",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=prefix,
+                )
+                for key, value in output.metrics.items():
+                    values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
+                metrics.update(output.metrics)
+                metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples))
         finally:
             self._eval_capacity = self.capacity
-        means = {key: sum(entries) / len(entries) for key, entries in values.items()}
-        self.log(means)
-        return {**metrics, **means}
+        metrics.update({key: sum(entries) / len(entries) for key, entries in values.items()})
+        # Once for all capacities: callbacks such as early stopping look for the means.
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]
