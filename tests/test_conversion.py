@@ -55,3 +55,18 @@ def test_a_weight_without_counterpart_is_named():
     vit.vit.layers[0].layer_scale = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"mone\.layers\.0\.layer_scale\.weight"):
         mone_from_vit(vit)
+
+
+def test_names_and_poolings_that_a_vit_does_not_have():
+    with pytest.raises(TypeError, match=r"\['router_layer'\] are no fields of MoNEConfig"):
+        mone_from_vit(tiny_vit(), router_layer=(1,))
+    with pytest.raises(ValueError, match="pooling='mean'"):
+        mone_from_vit(tiny_vit(), pooling="mean")
+
+
+def test_mode_and_attention_implementation_stay():
+    vit = tiny_vit()
+    vit.set_attn_implementation("eager")
+    model = mone_from_vit(vit)
+    assert not model.training
+    assert model.config._attn_implementation == "eager"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AttentionInterface, ViTConfig, ViTForImageClassification
 
 from mone import MoNEConfig, MoNEForImageClassification, MoNEModel
 from mone.capacity import resolve_capacity, tokens_per_expert
@@ -953,3 +953,48 @@ def test_models_refuse_bad_configs(model_class, fields, in_message):
     with pytest.raises(ValueError) as error:
         model_class(tiny_config(**fields))
     assert all(part in str(error.value) for part in in_message)
+
+
+def test_fields_overridden_while_loading_are_checked(tmp_path):
+    """transformers sets them on the finished config, one by one: a router beyond the last layer would never run."""
+    make_model().save_pretrained(tmp_path)
+    for fields, message in (
+        ({"router_layers": (7,)}, r"router_layers=\(7,\)"),
+        ({"router_type": "rand"}, "router_type='rand'"),
+        ({"pooling": "clss"}, "pooling='clss'"),
+        ({"num_experts": 7}, r"hidden_size=32 .* 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MoNEForImageClassification.from_pretrained(tmp_path, **fields)
+
+
+def test_a_subclass_saves_an_auto_map_that_names_these_files(tmp_path):
+    class Mine(MoNEForImageClassification):
+        pass
+
+    Mine.__module__ = "my_notebook"
+    Mine._auto_class = None
+    Mine(tiny_config()).save_pretrained(tmp_path)
+    auto_map = MoNEConfig.from_pretrained(tmp_path).auto_map
+    assert auto_map["AutoModelForImageClassification"] == "modeling_mone.MoNEForImageClassification"
+
+
+def test_attention_backends_get_what_they_expect():
+    """Flash attention needs a GPU. A backend with its layout stands in: it must get (B, H, N, d) and no mask."""
+    calls = []
+
+    def backend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        calls.append((query.shape, key.shape, value.shape, attention_mask, dropout, module.is_causal, kwargs))
+        weights = (query @ key.transpose(-1, -2) * scaling).softmax(-1)
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("stand_in", backend)
+    model = make_model(pooling="cls", attention_probs_dropout_prob=0.5)
+    expected = model(make_images(), capacity=0.4).logits
+    model.set_attn_implementation("stand_in")
+    assert_close(model(make_images(), capacity=0.4).logits, expected)
+    assert len(calls) == 4
+    shape = (2, 4, 17, 8)
+    assert calls[0] == (shape, shape, shape, None, 0.0, False, {})
+    model.train()(make_images(), capacity=0.4)
+    assert calls[-1][4] == 0.5

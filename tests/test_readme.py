@@ -82,3 +82,7 @@ def test_make_targets_exist():
 def test_linked_files_exist():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (ROOT / link).exists(), link
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z_]+@", TEXT)

@@ -237,7 +237,7 @@ class VideoReader:
         try:
             self._container = av.open(
                 self._file,
-                # A playlist in the place of a video must not reach for the network.
+                # Playlists and session descriptions in the place of a video must not use the network.
                 options={"protocol_whitelist": self._protocols},
                 # Titles in unknown encodings would raise UnicodeDecodeError.
                 metadata_errors="replace",
@@ -262,9 +262,6 @@ class VideoReader:
         self._decoder = self._stream.codec_context
         if self._decoder is None:
             raise VideoDecodeError(f"{self.name}: there is no decoder for its video stream; no frame could be read.")
-        for stream in self._container.streams:
-            if stream is not self._stream:
-                stream.discard = av.stream.Discard.all
         self._decoder.thread_count = self._num_threads
         self._decoder.thread_type = "AUTO"
 
@@ -311,18 +308,20 @@ class VideoReader:
         """The transformed frames of `wanted`, which is sorted and without repetitions."""
         images = None
         missing = {index: place for place, index in enumerate(wanted)}
-        # From the start once more where that did not give all: behind a false keyframe, or around damage.
-        for start, group in [*self._groups(wanted), (None, wanted)]:
+        attempts = self._groups(wanted)
+        if attempts != [(0, wanted)]:
+            # Where these do not give all, behind a false keyframe or around damage: from the start.
+            attempts.append((0, wanted))
+        for start, group in attempts:
             if missing.keys().isdisjoint(group):
                 continue
-            trusted = not start
-            for index, frame in self._decode(start or 0):
+            trusted = start == 0
+            for index, frame in self._decode(start):
                 # A seek that does not give the keyframe itself led to the midst of an intra refresh.
                 trusted = trusted or index <= self._index_of_time[self._seen[start][0]]
                 if not trusted:
                     break
-                # Marked as corrupt, by damage or by a seek: the last attempt takes it nevertheless.
-                if index in missing and not (frame.is_corrupt and start is not None):
+                if index in missing:
                     image = transform(self._to_rgb(frame))
                     if images is None:
                         images = np.empty((len(wanted), *image.shape), image.dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mone import MoNEConfig, MoNEForImageClassification, count_macs
 from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments, capacity_at_step
@@ -212,3 +212,28 @@ def test_a_capacity_that_is_not_allowed_is_found_before_any_work(tmp_path, args)
 def test_grid_keeps_to_what_fewer_experts_allow(tmp_path):
     trainer = make_trainer(tmp_path, model=tiny_model(num_experts=2), capacity_schedule="uniform")
     assert trainer.grid == (0.55, 0.65, 0.75, 0.85, 0.95)
+
+
+def test_early_stopping_sees_the_means(tmp_path):
+    """Callbacks hear of an evaluation at several capacities once, with the metrics they look for."""
+    trainer = make_trainer(
+        tmp_path,
+        eval_capacities=[0.2, 1.0],
+        max_steps=20,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        learning_rate=0.0,  # nothing improves
+    )
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_the_saved_model_runs_at_the_capacity_it_was_trained_for(tmp_path):
+    assert make_trainer(tmp_path, capacity=0.4).model.config.capacity == 0.4
+    sampled = make_trainer(tmp_path, model=tiny_model(capacity=0.7), capacity=0.4, capacity_schedule="uniform")
+    assert sampled.model.config.capacity == 0.7
