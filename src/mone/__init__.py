@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForVideoClassification,
+    AutoVideoProcessor,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
@@ -28,6 +29,7 @@ from .modeling_mone import MoNEForImageClassification, MoNEModel
 from .modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
 from .pipelines import register_pipelines
 from .routing import expert_preferred_routing
+from .video_processing_mone import MoNEViViTVideoProcessor
 
 
 AutoConfig.register("mone", MoNEConfig)
@@ -36,6 +38,7 @@ AutoModelForImageClassification.register(MoNEConfig, MoNEForImageClassification)
 AutoConfig.register("mone_vivit", MoNEViViTConfig)
 AutoModel.register(MoNEViViTConfig, MoNEViViTModel)
 AutoModelForVideoClassification.register(MoNEViViTConfig, MoNEViViTForVideoClassification)
+AutoVideoProcessor.register(MoNEViViTConfig, MoNEViViTVideoProcessor)
 AutoImageProcessor.register(
     MoNEConfig, image_processor_classes={"torchvision": ViTImageProcessor, "pil": ViTImageProcessorPil}
 )
@@ -46,6 +49,7 @@ MoNEForImageClassification.register_for_auto_class("AutoModelForImageClassificat
 MoNEViViTConfig.register_for_auto_class()
 MoNEViViTModel.register_for_auto_class("AutoModel")
 MoNEViViTForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
+MoNEViViTVideoProcessor.register_for_auto_class()
 register_pipelines()
 
 __version__ = "0.1.0"
@@ -57,6 +61,7 @@ __all__ = [
     "MoNEViViTConfig",
     "MoNEViViTForVideoClassification",
     "MoNEViViTModel",
+    "MoNEViViTVideoProcessor",
     "capacity_for_macs",
     "count_macs",
     "effective_capacity",

@@ -1,7 +1,8 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Image-classification pipeline that takes `capacity`.
+"""Image- and video-classification pipelines that take `capacity`.
 
-`import mone` puts it in the place of transformers' own for this process. For every other model it is the stock one.
+`import mone` puts them in the place of transformers' own for this process. For every other model they are the stock
+ones.
 
 ```python
 >>> import mone
@@ -15,6 +16,7 @@
 
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
+from transformers.pipelines.video_classification import VideoClassificationPipeline
 
 
 class CapacityMixin:
@@ -70,6 +72,61 @@ class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline
     """
 
 
+class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline):
+    """transformers' video-classification pipeline with `capacity`, several clips and batches, for MoNE models.
+
+    For a MoNE video model it decodes with the model's own video processor; for every other model it is the stock one.
+
+    Args:
+        capacity:
+            As in [`MoNEImageClassificationPipeline`].
+        inputs (`str`, `bytes`, array, or a list of these):
+            Paths, http(s) URLs, the bytes of a file, arrays (frames, height, width, channels), lists of frames.
+        num_clips (`int`, *optional*, defaults to the video processor's):
+            Clips of each video with linearly spaced starts, over whose logits the result is averaged (paper: 8).
+        frame_sampling_rate (`int`, *optional*, defaults to the video processor's):
+            Distance between the frames of a clip.
+        num_frames (`int`, *optional*, defaults to `model.config.num_frames`):
+            Frames of a clip, of which a MoNE model takes only its own number.
+        top_k, function_to_apply, batch_size and all others:
+            As in [`~transformers.VideoClassificationPipeline`]. A batch is of videos: `num_clips` times as many clips
+            go through the model at once.
+
+    Raises:
+        ValueError: `capacity`, an option or a video is not allowed; a file that cannot be decoded is named.
+        TypeError: `capacity` or `num_clips` for a model that is not MoNE, or an unknown keyword.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self._takes_capacity() and self.feature_extractor is None:
+            # Where the base class looks for what batches inputs and what to save beside the model.
+            self.feature_extractor = self.video_processor
+
+    def _sanitize_parameters(self, num_clips=None, **kwargs):
+        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)
+        if num_clips is not None:
+            if not self._takes_capacity():
+                raise TypeError(f"num_clips={num_clips!r} is for MoNE models only, not {type(self.model).__name__}.")
+            preprocess_params = {**preprocess_params, "num_clips": num_clips}
+        return preprocess_params, forward_params, postprocess_params
+
+    def preprocess(self, video, num_clips=None, **options):
+        if not self._takes_capacity():
+            return super().preprocess(video, **options)
+        options = {"num_frames": self.model.config.num_frames, **options, "num_clips": num_clips}
+        return self.video_processor(video, return_tensors="pt", **options).to(self.dtype)
+
+    def _forward(self, model_inputs, capacity=None):
+        pixel_values = model_inputs.get("pixel_values")
+        if not self._takes_capacity() or pixel_values.dim() == 5:
+            return super()._forward(model_inputs, capacity)
+        batch = pixel_values.shape[:2]  # (videos, clips)
+        outputs = super()._forward({"pixel_values": pixel_values.flatten(0, 1)}, capacity)
+        outputs.logits = outputs.logits.unflatten(0, batch).mean(dim=1)
+        return outputs
+
+
 def register_pipelines() -> None:
     """Make `transformers.pipeline` use these classes. The tasks' default models and Auto classes stay.
 
@@ -77,3 +134,4 @@ def register_pipelines() -> None:
     `custom_pipelines`, with which a folder needs `trust_remote_code` even where this package is imported.
     """
     PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = MoNEImageClassificationPipeline
+    PIPELINE_REGISTRY.supported_tasks["video-classification"]["impl"] = MoNEVideoClassificationPipeline

@@ -26,8 +26,8 @@ import numpy as np
 MIN_READABLE = 0.5
 # Decoding this many unwanted frames costs less than a seek.
 MAX_GAP = 8
-# Decoders hold back 16 frames at most. Time stamps that ask for more reordering than this are broken.
-MAX_REORDERING = 64
+# Decoders hold back 16 frames at most: time stamps that ask for more reordering are broken.
+MAX_REORDERING = 16
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
@@ -382,17 +382,14 @@ class VideoReader:
             except av.error.FFmpegError:
                 pass  # a format that cannot
             else:
-                found = False
-                landed = itertools.dropwhile(
+                # Some formats land elsewhere, or make up other time stamps from there.
+                packets = itertools.dropwhile(
                     lambda packet: (packet.pts, packet.size) != self._seen[start], self._packets()
                 )
-                for packet, seen in zip(landed, itertools.islice(self._seen, start, None), strict=False):
-                    # Some formats make up other time stamps after a seek.
-                    if (packet.pts, packet.size) != seen:
-                        return
-                    yield packet
-                    found = True
-                if found:
+                first = next(packets, None)
+                if first is not None:
+                    yield first
+                    yield from packets
                     return
         self._open()
         yield from itertools.islice(self._packets(), start, None)
