@@ -346,6 +346,27 @@ def test_times_that_start_again_count_as_they_come(shift, length):
     assert numbers_read(data, [length + 15, 12]) == [115, 12]
 
 
+@pytest.mark.parametrize("codec", ["ffv1", "libvpx", "libx264"])
+def test_frames_at_the_same_time_all_count(codec):
+    """2,000 frames a second, in a container that counts in milliseconds."""
+    data = make(
+        60, codec, "mov" if codec == "libx264" else "nut", {"g": "12", "bf": "0"} if codec == "libx264" else None
+    )
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format="matroska") as output:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for number, packet in enumerate(packets):
+            packet.pts = packet.dts = number
+            packet.time_base, packet.duration, packet.stream = Fraction(1, 2000), 1, stream
+            output.mux(packet)
+    data = file.getvalue()
+    with av.open(io.BytesIO(data)) as container:
+        assert len({packet.pts for packet in container.demux(video=0) if packet.size}) < 40
+    assert numbers_read(data) == list(range(60))
+    assert numbers_read(data, [31, 30, 29]) == [31, 30, 29]
+
+
 def test_of_several_video_streams_the_main_one_is_read():
     """The one that players choose, and not a preview in front of it."""
     main, preview = make(60, scale=2), make(2, "mjpeg", "matroska", {}, first=2000)

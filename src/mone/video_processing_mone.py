@@ -158,8 +158,8 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
             (batch, clips, frames, channels, height, width). float32 unless neither rescaled nor normalised.
 
         Raises:
-            ValueError: an option or a video that is not allowed, before any work; videos of different shapes that
-                `return_tensors` asks to stack.
+            ValueError: an option or a video that is not allowed, before any work (but whole pixels outside 0..255 on
+                meeting them); videos of different shapes that `return_tensors` asks to stack.
             TypeError: an unknown option, or something that is no video.
             VideoDecodeError: a file that cannot be downloaded or decoded; names it.
         """
