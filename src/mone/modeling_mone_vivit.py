@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -30,7 +29,9 @@ from .configuration_mone import MoNEViViTConfig, as_pair
 from .modeling_mone import (
     ClassifierMixin,
     EncoderOutput,
+    MoNEImageClassifierOutput,
     MoNELayer,
+    MoNEModelOutput,
     MoNEPreTrainedModel,
     PositionedTokens,
     check_kwargs,
@@ -46,7 +47,7 @@ from .modeling_mone import (
 
 
 @dataclass
-class MoNEViViTModelOutput(ModelOutput):
+class MoNEViViTModelOutput(MoNEModelOutput):
     """
     Output of [`MoNEViViTModel`]. Everything is in the original order of the tokens.
 
@@ -57,50 +58,28 @@ class MoNEViViTModelOutput(ModelOutput):
             Mean of these tokens, or the class token, by `config.pooling`.
         hidden_states (tuple of `torch.FloatTensor`, with `output_hidden_states=True`):
             Spatial encoder: its input and the output of each layer, `(batch, time, tokens, hidden_size)`.
-        temporal_hidden_states (the same):
-            Temporal encoder: the output of each layer, `(batch, time, hidden_size)`.
         attentions (tuple of `torch.FloatTensor`, with `output_attentions=True`):
             Spatial encoder: weights of each layer, `(batch, time, heads, tokens, tokens)`.
-        temporal_attentions (the same):
-            Temporal encoder: weights of each layer, `(batch, heads, time, time)`.
         router_logits (tuple of `torch.FloatTensor`, with `output_router_logits=True`):
             One `(batch, time, patches, num_experts)` per router.
         expert_indices (tuple of `torch.LongTensor`, with `output_router_logits=True`):
             One `(batch, time, patches)` per router: the expert of every token, 0 = smallest.
+        temporal_hidden_states (tuple of `torch.FloatTensor`, with `output_hidden_states=True`):
+            Temporal encoder: the output of each layer, `(batch, time, hidden_size)`.
+        temporal_attentions (tuple of `torch.FloatTensor`, with `output_attentions=True`):
+            Temporal encoder: weights of each layer, `(batch, heads, time, time)`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
     temporal_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     temporal_attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    expert_indices: tuple[torch.LongTensor, ...] | None = None
 
 
 @dataclass
-class MoNEVideoClassifierOutput(ModelOutput):
-    """
-    Output of [`MoNEViViTForVideoClassification`].
+class MoNEVideoClassifierOutput(MoNEImageClassifierOutput):
+    """Output of [`MoNEViViTForVideoClassification`]: loss, logits, and the rest as in [`MoNEViViTModelOutput`]."""
 
-    Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, with `labels`):
-            Classification or regression loss.
-        logits (`torch.FloatTensor` of shape `(batch, num_labels)`):
-            Scores before softmax or sigmoid.
-        all others:
-            As in [`MoNEViViTModelOutput`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
     temporal_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     temporal_attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    expert_indices: tuple[torch.LongTensor, ...] | None = None
 
 
 class MoNEViViTTubeletEmbeddings(nn.Module):
