@@ -82,7 +82,7 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
     if not least <= budget:
         raise ValueError(
             f"A budget of {gmacs} GMACs cannot be met: capacity {low:g} already costs {least / 1e9:.6g} GMACs. "
-            "Attention, embedding and classifier do not shrink with the capacity; with smaller images they do."
+            "Attention and embedding do not shrink with the capacity; with smaller images they do."
         )
     if count_macs(config, high, image_size) <= budget:
         return high
