@@ -29,7 +29,7 @@ from transformers import (
 import mone
 from mone.benchmark import interleaved_seconds
 from mone.conversion import mone_from_vit
-from mone.data import LabelledImages, collate_images, load_image_datasets, make_image_transforms
+from mone.data import LabelledExamples, collate_examples, load_image_datasets, make_image_transforms
 from mone.training import PAPER_GRID
 from mone.visualization import draw_routed_tokens, plot_accuracy_against_compute
 
@@ -143,8 +143,8 @@ def train_dense(output_dir: Path, folders: dict[str, Path], epochs: int) -> None
             report_to="none",
             logging_steps=50,
         ),
-        data_collator=collate_images,
-        train_dataset=LabelledImages(
+        data_collator=collate_examples,
+        train_dataset=LabelledExamples(
             splits["train"], make_image_transforms(processor, (32, 32), train=True, flip=False, min_crop=0.6)
         ),
         processing_class=processor,

@@ -31,12 +31,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from tqdm import tqdm
+
+from mone.video_encoding import write_video
 
 
 # Each pair is a motion and its reversal. Phase number i of (x, y, size, angle) is the one that pair number i advances.
@@ -351,19 +352,8 @@ def _render(foreground: Image.Image, background: Image.Image, phases: np.ndarray
 
 def encode_clip(path: Path, frames: np.ndarray, fps: int) -> None:
     """Write (T, H, W, 3) uint8 frames as the video that the name's ending says; `path` exists only when complete."""
-    kind = path.suffix[1:]
-    codec, options = ENCODERS[kind]
-    unfinished = path.with_name(f".{path.name}.part")
-    # bitexact: no random identifiers and no dates in the file.
-    with av.open(str(unfinished), "w", format=kind, options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
-    unfinished.replace(path)
+    codec, options = ENCODERS[path.suffix[1:]]
+    write_video(path, frames, fps, codec, options)
 
 
 def write_labels(folder: Path, paths: list[Path]) -> None:

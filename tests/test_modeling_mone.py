@@ -402,6 +402,55 @@ def test_dropout_acts_in_training_only():
 # --- attention, checkpointing, precision, compilation ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("capacity", [0.3, 1.0, (0.0, 1.0, 0.0, 0.0)])
+@pytest.mark.parametrize("router_type", ["learned", "random", "argmax"])
+def test_stochastic_depth_skips_and_scales_whole_examples(capacity, router_type):
+    """Of two layers the last has the full rate: its two updates of an example are each left out or doubled."""
+    model = make_model(drop_path_rate=0.5, num_hidden_layers=2, router_type=router_type, router_layers=(0,))
+    rates = [layer.drop_path for layer in model.mone.layers]
+    assert rates == [0.0, 0.5]
+    plain = make_model(num_hidden_layers=2, router_type=router_type, router_layers=(0,))
+    plain.load_state_dict(model.state_dict())
+
+    images = make_images(batch=1).expand(40, -1, -1, -1)
+    kwargs = {"capacity": capacity, "output_hidden_states": True}
+
+    def run(network, batch):
+        # One routing for all copies of the image.
+        generator = torch.Generator().manual_seed(0) if router_type == "random" else None
+        if generator is None:
+            return network(batch, **kwargs)
+        outputs = [network(image[None], generator=torch.Generator().manual_seed(0), **kwargs) for image in batch]
+        return type(outputs[0])(
+            hidden_states=tuple(torch.cat(states) for states in zip(*(o.hidden_states for o in outputs), strict=True))
+        )
+
+    with torch.no_grad():
+        evaluated = run(model.eval(), images[:1]).hidden_states
+        for have, want in zip(evaluated, run(plain.eval(), images[:1]).hidden_states, strict=True):
+            assert torch.equal(have, want), "evaluation skips nothing"
+        torch.manual_seed(0)
+        before, after = run(model.train(), images).hidden_states[-2:]
+    torch.testing.assert_close(before, evaluated[-2].expand_as(before), atol=1e-5, rtol=0)
+    kinds = torch.unique((after * 1e3).round().flatten(1), dim=0)
+    assert len(kinds) == 4, "attention or not, MLP or not"
+    untouched = (after == before).flatten(1).all(1)
+    assert 3 <= untouched.sum() <= 20, "a quarter of 40"
+
+
+def test_stochastic_depth_keeps_the_expectation():
+    model = make_model(drop_path_rate=0.3, num_hidden_layers=2, router_layers=(1,), alpha=0.5, std=0.05)
+    layer, x = model.mone.layers[-1].train(), torch.randn(1, 6, model.config.hidden_size)
+    gate = torch.rand(1, 6, 1) + 1
+    slices = ((0, 6, model.config.hidden_size),)
+    with torch.no_grad():
+        x_all = x.expand(20000, -1, -1)
+        updates = [0.1 * torch.randn_like(x).expand_as(x_all)]
+        mean = layer._residual(x_all, updates, None, slices, gate.expand(20000, -1, -1)).mean(0)
+        expected = layer.eval()._residual(x, [updates[0][:1]], None, slices, gate)[0]
+    torch.testing.assert_close(mean, expected, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("capacity", [0.3, 1.0])
 def test_eager_and_sdpa_attention_agree(capacity):
     images = make_images()
@@ -771,6 +820,17 @@ def test_problem_type_is_inferred_from_the_labels(problem):
     assert model.config.problem_type is None
     outputs = model(images, labels=labels)
     torch.testing.assert_close(outputs.loss, torch_loss(problem, outputs.logits, labels))
+
+
+def test_probabilities_as_labels_of_one_class():
+    """What mixup and label smoothing make; and in micro-batches, with the count that Trainer makes of them."""
+    model = make_model(problem_type="single_label_classification", num_labels=5)
+    images, labels = make_images(batch=4), torch.rand(4, 5).softmax(-1)
+    output = model(images, labels=labels, capacity=0.4)
+    expected = torch.nn.functional.cross_entropy(output.logits, labels)
+    torch.testing.assert_close(output.loss, expected)
+    parts = [model(images[i : i + 2], labels=labels[i : i + 2], capacity=0.4, num_items_in_batch=20) for i in (0, 2)]
+    torch.testing.assert_close(parts[0].loss + parts[1].loss, expected)
 
 
 @pytest.mark.parametrize("splits", [[3, 5], [1, 2, 4, 1]], ids=str)

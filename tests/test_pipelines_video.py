@@ -2,6 +2,8 @@
 
 import functools
 import http.server
+import random
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -11,10 +13,11 @@ import pytest
 import torch
 from transformers import VivitConfig, VivitForVideoClassification, VivitImageProcessor, pipeline
 from transformers.pipelines.video_classification import VideoClassificationPipeline
+from videos import REAL_FOLDER, audio_only, make_ten_minutes, plain, remux, transcode
 
 from mone import MoNEViViTConfig, MoNEViViTForVideoClassification, MoNEViViTVideoProcessor
 from mone.pipelines import MoNEVideoClassificationPipeline
-from mone.video_decoding import VideoDecodeError
+from mone.video_decoding import VideoDecodeError, VideoReader
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -149,3 +152,173 @@ def test_other_models_get_the_stock_pipeline(videos, tmp_path):
     for option in ("capacity", "num_clips"):
         with pytest.raises(TypeError, match=f"{option}=1 is for MoNE models only.* VivitForVideoClassification"):
             ours(videos[0], **{option: 1})
+
+
+# ---- real files ----
+
+FRAMES = 40
+KINDS = ["mp4", "mp4, header first", "mkv", "webm", "avi"]
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder):
+    return pipeline("video-classification", model=model_folder, num_clips=2, top_k=6)
+
+
+@pytest.fixture(scope="module", params=["bikes", "bigbuckbunny"])
+def real(request):
+    path = REAL_FOLDER / f"{request.param}.mp4"
+    if not path.exists():
+        pytest.skip(f"there is no {path}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def variants(real, tmp_path_factory):
+    """The first frames of a real file as intact files: the same packets in three layouts, and two codecs' own."""
+    data, file = real.read_bytes(), tmp_path_factory.mktemp("variants") / "header first.mp4"
+    return {
+        "mp4": remux(data, "mp4", first=FRAMES),
+        "mp4, header first": remux(data, "mp4", first=FRAMES, file=str(file), options={"movflags": "faststart"}),
+        "mkv": remux(data, "matroska", first=FRAMES),
+        "webm": transcode(real, FRAMES),
+        "avi": transcode(real, FRAMES, "mpeg4", "avi"),
+    }
+
+
+def check(result):
+    """What every result is: the scores of all labels, best first, that sum to 1."""
+    values = [row["score"] for row in result]
+    assert sorted(scores(result)) == [f"LABEL_{i}" for i in range(6)] and len(result) == 6
+    assert np.isfinite(values).all() and values == sorted(values, reverse=True) and min(values) >= 0
+    assert sum(values) == pytest.approx(1, abs=1e-5)
+    return scores(result)
+
+
+def classify(pipe, path, content=None):
+    """The scores of a file, or the error that names it. Any other exception fails the test."""
+    if content is not None:
+        path.write_bytes(content)
+    try:
+        return check(pipe(str(path)))
+    except VideoDecodeError as error:
+        assert str(error).startswith(f"{path}: ")
+        return error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_real_file_gives_the_scores_of_its_frames(pipe, variants, tmp_path, kind):
+    frames = np.stack(plain(variants[kind]))
+    assert len(frames) == FRAMES
+    result = classify(pipe, tmp_path / "video", variants[kind])
+    assert result == pytest.approx(check(pipe(frames)), abs=1e-5)
+    # Not any frames.
+    assert result != pytest.approx(check(pipe(frames[::-1])), abs=1e-3)
+
+
+def test_containers_do_not_matter(pipe, real, tmp_path):
+    """Of the whole file, at every number of clips."""
+    (tmp_path / "same.mkv").write_bytes(remux(real.read_bytes()))
+    for num_clips in (1, 8):
+        mp4, mkv = (check(pipe(str(path), num_clips=num_clips)) for path in (real, tmp_path / "same.mkv"))
+        assert mkv == pytest.approx(mp4, abs=1e-5)
+
+
+@pytest.mark.parametrize("angle", [90, 180, -90])
+def test_a_rotated_file_is_classified_upright(pipe, variants, tmp_path, angle):
+    frames = np.stack(plain(variants["mp4"]))
+    rotated = classify(pipe, tmp_path / "rotated.mp4", remux(variants["mp4"], "mp4", rotation=angle))
+    assert rotated == pytest.approx(check(pipe(np.rot90(frames, angle // 90, axes=(1, 2)))), abs=1e-5)
+    assert rotated != pytest.approx(check(pipe(frames)), abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("codec, container", [("libvpx-vp9", "webm"), ("libx264", "mp4")])
+def test_a_real_file_of_few_frames_repeats_its_last(pipe, real, tmp_path, codec, container, number):
+    data = transcode(real, number, codec, container)
+    frames = plain(data)
+    assert len(frames) == number
+    repeated = np.stack([*frames, *[frames[-1]] * (4 - number)])
+    assert classify(pipe, tmp_path / "short", data) == pytest.approx(check(pipe(repeated)), abs=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_truncated_file_is_a_shorter_video_or_an_error(pipe, variants, tmp_path, kind, share):
+    data = variants[kind][: int(len(variants[kind]) * share)]
+    result = classify(pipe, tmp_path / "cut.video", data)
+    # An mp4 file has its header at the end, or in front with the promise of all frames.
+    if kind == "mp4" or (kind == "mp4, header first" and share == 0.1):
+        assert isinstance(result, VideoDecodeError)
+    elif share == 0.9:
+        assert not isinstance(result, VideoDecodeError)
+    if kind in ("mkv", "webm") and not isinstance(result, VideoDecodeError):
+        frames = np.stack(plain(data))
+        assert len(frames) < FRAMES
+        assert result == pytest.approx(check(pipe(frames)), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("place", [0, 0.45, 0.9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_garbage_gives_scores_or_an_error(pipe, variants, tmp_path, kind, place, seed):
+    data = variants[kind]
+    start, size = int(len(data) * place), len(data) // 10
+    garbage = random.Random(seed).randbytes(size)
+    result = classify(pipe, tmp_path / "damaged.video", data[:start] + garbage + data[start + size :])
+    if place == 0.45:  # more than half of the frames are left, or all before the damage
+        assert not isinstance(result, VideoDecodeError)
+    elif kind == "mp4" or (place == 0 and kind != "avi"):  # the header; MPEG-4 video is known without one
+        assert isinstance(result, VideoDecodeError)
+
+
+def test_a_file_that_is_no_longer_whole_is_named_among_others(pipe, real, tmp_path):
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(real.read_bytes()[:100_000])
+    for batch_size in (1, 2):
+        with pytest.raises(VideoDecodeError, match=r"cut\.mp4: not a video, or its header is damaged or cut off"):
+            pipe([str(real), str(cut)], batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("sound.mp4", None, "has no video stream, only audio"),
+        ("empty.mp4", b"", "not a video"),
+        ("empty.webm", b"", "not a video"),
+        ("text.mp4", b"This is no video.\n" * 100, "not a video"),
+    ],
+)
+def test_a_file_that_is_no_video(pipe, tmp_path, name, content, message):
+    error = classify(pipe, tmp_path / name, audio_only() if content is None else content)
+    assert isinstance(error, VideoDecodeError) and f"{name}: {message}" in str(error)
+
+
+# ---- memory ----
+
+MEMORY = """
+import resource, sys
+import torch
+from transformers import pipeline
+from mone import MoNEViViTConfig, MoNEViViTForVideoClassification, MoNEViViTVideoProcessor
+config = MoNEViViTConfig(hidden_size=16, num_hidden_layers=1, num_temporal_layers=1, num_attention_heads=2,
+    intermediate_size=16, num_experts=2)
+pipe = pipeline("video-classification", model=MoNEViViTForVideoClassification(config).eval(),
+    video_processor=MoNEViViTVideoProcessor())
+for name in sys.argv[1:]:
+    assert len(pipe(name, num_clips=8)) == 2
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    """8 clips of 32 frames at 224 x 224 of a video of 10 seconds, and then of one of 10 minutes."""
+    make_ten_minutes(tmp_path, ["mp4", "matroska"])
+    with VideoReader(tmp_path / "long.mkv") as video:
+        assert len(video) == 15_000
+    # In one process: what the short one leaves behind counts against the long ones.
+    names = [tmp_path / name for name in ("short.mp4", "long.mp4", "long.mkv")]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = [float(line) for line in done.stdout.split()]
+    assert len(peaks) == 3 and peaks[-1] - peaks[0] < 300, peaks

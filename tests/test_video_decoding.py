@@ -15,6 +15,20 @@ import pytest
 from av.bitstream import BitStreamFilterContext
 from hypothesis import given
 from hypothesis import strategies as st
+from videos import (
+    HEIGHT,
+    REAL,
+    WIDTH,
+    audio_only,
+    make,
+    make_ten_minutes,
+    needs_real_videos,
+    number_image,
+    number_of,
+    plain,
+    remux,
+    transcode,
+)
 
 from mone.video_decoding import (
     VideoDecodeError,
@@ -23,102 +37,6 @@ from mone.video_decoding import (
     dense_indices,
     uniform_indices,
 )
-
-
-WIDTH, HEIGHT, BLOCK = 64, 48, 16
-REAL = sorted(Path("/work/shared/data/videos").glob("*.mp4"))
-
-
-# ---- making videos ----
-
-
-def number_image(number: int, scale: int = 1) -> np.ndarray:
-    """12 blocks, black or white: the bits of `number`, lowest first, row by row."""
-    bits = np.array([number >> bit & 1 for bit in range(12)]).reshape(3, 4)
-    block = np.ones((BLOCK * scale, BLOCK * scale), int)
-    return np.kron(bits, block)[..., None].repeat(3, -1).astype(np.uint8) * 200 + 25
-
-
-def number_of(image: np.ndarray) -> int:
-    """The number in an image of any size that `number_image` made."""
-    height, width = image.shape[0] / 3, image.shape[1] / 4
-    number = 0
-    for bit in range(12):
-        top, left = (bit // 4 + 0.25) * height, (bit % 4 + 0.25) * width
-        block = image[int(top) : int(top + height / 2), int(left) : int(left + width / 2)]
-        number |= int(block.mean() > 125) << bit
-    return number
-
-
-def make(
-    number_of_frames=90,
-    codec="libx264",
-    container="mp4",
-    options=None,
-    container_options=None,
-    *,
-    times=None,
-    scale=1,
-    audio=False,
-    first=0,
-    file=None,
-) -> bytes:
-    """A video at 25 frames a second, or with frames at `times` in milliseconds."""
-    if options is None:
-        options = {"libx264": {"g": "30", "bf": "3", "preset": "veryfast"}}.get(codec, {"g": "30"})
-    if codec.startswith("libvpx"):
-        options = {"deadline": "realtime", "cpu-used": "8", "threads": "1", **options}
-    file = file or io.BytesIO()
-    with av.open(file, "w", format=container, options=container_options or {}) as output:
-        stream = output.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height = WIDTH * scale, HEIGHT * scale
-        stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(codec, "yuv420p")
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        if audio:
-            sound = output.add_stream("aac", rate=44100)
-        for number in range(first, first + number_of_frames):
-            frame = av.VideoFrame.from_ndarray(number_image(number, scale), format="rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = times[number], Fraction(1, 1000)
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-        if audio:
-            silence = np.zeros((1, 1024), np.float32)
-            for start in range(0, 44100 * 4, 1024):
-                frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
-                frame.sample_rate, frame.pts = 44100, start
-                output.mux(sound.encode(frame))
-            output.mux(sound.encode())
-    return file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-
-
-def remux(data, container="matroska", *, repeat=1, rotation=None, bitstream_filter=None, **open_options) -> bytes:
-    """The same packets in another container, `repeat` times one after the other."""
-    file = io.BytesIO()
-    with av.open(io.BytesIO(data)) as source, av.open(file, "w", format=container, **open_options) as output:
-        template = source.streams.video[0]
-        stream = output.add_stream_from_template(template)
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        packets = [packet for packet in source.demux(template) if packet.size]
-        contents = [(bytes(packet), packet.pts, packet.dts, packet.duration, packet.is_keyframe) for packet in packets]
-        length = max(packet.pts for packet in packets) - min(packet.pts for packet in packets)
-        length += length // (len(packets) - 1)
-        for turn in range(repeat):
-            for content, pts, dts, duration, is_keyframe in contents:
-                packet = av.Packet(content)
-                packet.pts, packet.dts = pts + turn * length, dts + turn * length
-                packet.duration, packet.is_keyframe = duration, is_keyframe
-                packet.time_base, packet.stream = template.time_base, stream
-                output.mux(packet)
-    return file.getvalue()
-
-
-def plain(data) -> list[np.ndarray]:
-    """All frames, decoded by PyAV from the first to the last."""
-    with av.open(io.BytesIO(data)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def numbers_read(data, indices=None, **options) -> list[int]:
@@ -459,13 +377,8 @@ def test_threads_give_the_same(videos):
 
 @pytest.fixture(scope="session")
 def ten_minutes(tmp_path_factory):
-    """A video of 15,000 frames, 320 x 240 (3.5 GB decoded), and one of 250: the first one's packets, 60 times."""
-    short = make(250, scale=5)
     folder = tmp_path_factory.mktemp("long")
-    (folder / "short.mp4").write_bytes(short)
-    (folder / "long.mp4").write_bytes(remux(short, "mp4", repeat=60))
-    (folder / "long.mkv").write_bytes(remux(short, "matroska", repeat=60))
-    (folder / "long.ts").write_bytes(remux(short, "mpegts", repeat=60))
+    make_ten_minutes(folder, ("mp4", "matroska", "mpegts"))
     return folder
 
 
@@ -641,12 +554,7 @@ def test_frames_that_change_size_are_scaled_to_the_first():
 
 def test_audio_only(tmp_path):
     path = tmp_path / "sound.m4a"
-    with av.open(str(path), "w", format="mp4") as output:
-        stream = output.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
+    path.write_bytes(audio_only())
     with pytest.raises(VideoDecodeError, match=r"sound\.m4a: has no video stream, only audio"):
         VideoReader(path)
 
@@ -852,7 +760,7 @@ def test_colours_that_do_not_exist(videos):
 # ---- real files ----
 
 
-@pytest.mark.skipif(not REAL, reason="needs /work/shared/data/videos")
+@needs_real_videos
 @pytest.mark.parametrize("path", REAL, ids=lambda path: path.stem)
 class TestRealFiles:
     def test_mp4(self, path):
@@ -874,19 +782,9 @@ class TestRealFiles:
             np.testing.assert_array_equal(video.read(wanted), np.rot90(images, -1, axes=(1, 2)))
 
     def test_webm(self, path):
-        file = io.BytesIO()
-        with av.open(str(path)) as source, av.open(file, "w", format="webm") as output:
-            stream = output.add_stream(
-                "libvpx-vp9", rate=25, options={"deadline": "realtime", "cpu-used": "8", "threads": "1", "g": "20"}
-            )
-            stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
-            for number, frame in enumerate(source.decode(video=0)):
-                if number == 60:
-                    break
-                output.mux(stream.encode(frame.reformat(160, 96, "yuv420p")))
-            output.mux(stream.encode())
-        full = plain(file.getvalue())
-        with VideoReader(file.getvalue()) as video:
+        data = transcode(path, 60)
+        full = plain(data)
+        with VideoReader(data) as video:
             assert len(video) == 60
             np.testing.assert_array_equal(video.read([41, 59, 7]), np.stack([full[index] for index in (41, 59, 7)]))
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import av
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 from transformers import AutoVideoProcessor, PreTrainedConfig
+from videos import REAL, needs_real_videos
 
 from mone.video_decoding import VideoDecodeError, VideoReader, clip_indices, uniform_indices
 from mone.video_processing_mone import MoNEViViTVideoProcessor
@@ -360,37 +360,6 @@ def test_frames_are_made_small_as_they_are_decoded(processor, monkeypatch):
     assert shapes == [(2, 4, 3, 24, 24)]
 
 
-MEMORY = """
-import resource, sys
-from mone.video_processing_mone import MoNEViViTVideoProcessor
-processor = MoNEViViTVideoProcessor(num_clips=8)
-for name in sys.argv[1:]:
-    processor(name, return_tensors="pt")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-
-
-def test_memory_does_not_grow_with_the_length(tmp_path):
-    short = encode(make_frames(250, 240, 320), "mp4", "libx264", "yuv420p", g="50", preset="ultrafast")
-    (tmp_path / "short.mp4").write_bytes(short)
-    with av.open(io.BytesIO(short)) as source, av.open(str(tmp_path / "long.mkv"), "w") as output:
-        template = source.streams.video[0]
-        stream = output.add_stream_from_template(template)
-        packets = [(bytes(p), p.pts, p.dts, p.duration, p.is_keyframe) for p in source.demux(template) if p.size]
-        for turn in range(60):  # 15,000 frames: 10 minutes, 3.5 GB decoded
-            for content, pts, dts, duration, is_keyframe in packets:
-                packet = av.Packet(content)
-                packet.pts, packet.dts = pts + turn * 250 * duration, dts + turn * 250 * duration
-                packet.duration, packet.is_keyframe = duration, is_keyframe
-                packet.time_base, packet.stream = template.time_base, stream
-                output.mux(packet)
-    with VideoReader(tmp_path / "long.mkv") as video:
-        assert len(video) == 15_000
-    script = [sys.executable, "-c", MEMORY, tmp_path / "short.mp4", tmp_path / "long.mkv"]
-    peaks = [float(line) for line in subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()]
-    assert peaks[1] - peaks[0] < 300, peaks
-
-
 # ---- errors ----
 
 
@@ -540,10 +509,7 @@ def test_auto_class_with_trust_remote_code(file, tmp_path, monkeypatch):
     assert torch.equal(torch.from_numpy(np.load(tmp_path / "out.npy")), expected)
 
 
-REAL = sorted(Path("/work/shared/data/videos").glob("*.mp4"))
-
-
-@pytest.mark.skipif(not REAL, reason="needs /work/shared/data/videos")
+@needs_real_videos
 def test_real_files():
     values = MoNEViViTVideoProcessor(num_clips=2)(REAL, return_tensors="pt").pixel_values
     assert values.shape == (len(REAL), 2, 32, 3, 224, 224)

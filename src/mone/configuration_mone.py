@@ -31,6 +31,9 @@ class MoNEConfig(PreTrainedConfig):
             Dropout after the embeddings, the attention and the MLP.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth in training: the probability, in [0, 1), to skip the last layer's attention or MLP for an
+            example. It grows linearly from 0 in the first layer of an encoder.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the initial weights.
         layer_norm_eps (`float`, *optional*, defaults to 1e-12):
@@ -81,6 +84,7 @@ class MoNEConfig(PreTrainedConfig):
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     image_size: int | list[int] | tuple[int, int] = 224
@@ -120,6 +124,8 @@ class MoNEConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be positive and divide "
                 f"hidden_size={self.hidden_size}."
             )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1).")
 
     def validate_sizes(self):
         image, patch = as_pair(self.image_size), as_pair(self.patch_size)

@@ -202,10 +202,16 @@ class MoNEMLP(nn.Module):
 
 
 class MoNELayer(GradientCheckpointingLayer):
-    """One pre-norm transformer layer on tokens that are sorted by expert (Eq. 1)."""
+    """One pre-norm transformer layer on tokens that are sorted by expert (Eq. 1).
 
-    def __init__(self, config: MoNEConfig):
+    Args:
+        config: of the model.
+        drop_path: probability with which training skips the attention, or the MLP, of an example (stochastic depth).
+    """
+
+    def __init__(self, config: MoNEConfig, drop_path: float = 0.0):
         super().__init__()
+        self.drop_path = drop_path
         self.attention = MoNEAttention(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -238,7 +244,18 @@ class MoNELayer(GradientCheckpointingLayer):
         updates = [self.dropout(update) for update in updates]
         if feature_mask is not None:
             updates = [updates[0] * feature_mask]
+        if self.training and self.drop_path > 0:
+            kept = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.drop_path
+            # Those kept count for those dropped, so that the expectation is what evaluation computes.
+            scale = kept.to(hidden_states.dtype) / (1.0 - self.drop_path)
+            gate = scale.expand(-1, hidden_states.shape[1], -1) if gate is None else gate * scale
         return add_updates(hidden_states, updates, slices, gate)
+
+
+def make_layers(config: MoNEConfig, num_layers: int) -> nn.ModuleList:
+    """The layers of an encoder; stochastic depth grows linearly from 0 in the first to its rate in the last."""
+    rates = [config.drop_path_rate * index / max(1, num_layers - 1) for index in range(num_layers)]
+    return nn.ModuleList([MoNELayer(config, rate) for rate in rates])
 
 
 # --- encoder with routers -------------------------------------------------------------------------------------------
@@ -561,7 +578,7 @@ class MoNEModel(MoNEPreTrainedModel):
         super().__init__(config)
         self.embeddings = MoNEEmbeddings(config)
         self.routers = make_routers(config)
-        self.layers = nn.ModuleList([MoNELayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = make_layers(config, config.num_hidden_layers)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -655,8 +672,8 @@ class ClassifierMixin:
         r"""
         Args:
             labels (`torch.Tensor` of shape `(batch,)`, or `(batch, num_labels)` for several labels, *optional*):
-                Targets of the loss that `config.problem_type` names: class numbers (single label), 0 and 1 (multi
-                label) or values (regression).
+                Targets of the loss that `config.problem_type` names: class numbers or `(batch, num_labels)`
+                probabilities, as mixup makes them (single label), 0 and 1 (multi label) or values (regression).
             pixel_values, capacity, interpolate_pos_encoding, generator and the outputs:
                 As in the model without a head.
 
@@ -703,10 +720,13 @@ def classification_loss(
     With `num_items_in_batch` (labels in all micro-batches of a step, as Trainer counts them) the losses of the
     micro-batches sum to the loss of the whole batch. transformers does so for single-label losses only.
     """
-    loss = model.loss_function(labels, logits, model.config, num_items_in_batch=num_items_in_batch)
-    if num_items_in_batch is not None and model.config.problem_type != "single_label_classification":
-        loss = loss * (labels.numel() / num_items_in_batch)
-    return loss
+    if model.config.problem_type == "single_label_classification" and labels.is_floating_point():
+        loss = nn.functional.cross_entropy(logits, labels.to(logits))  # which transformers' loss does not take
+    else:
+        loss = model.loss_function(labels, logits, model.config, num_items_in_batch=num_items_in_batch)
+        if model.config.problem_type == "single_label_classification":
+            return loss
+    return loss if num_items_in_batch is None else loss * (labels.numel() / num_items_in_batch)
 
 
 __all__ = ["MoNEForImageClassification", "MoNEModel", "MoNEPreTrainedModel"]

@@ -30,13 +30,13 @@ from .modeling_mone import (
     ClassifierMixin,
     EncoderOutput,
     MoNEImageClassifierOutput,
-    MoNELayer,
     MoNEModelOutput,
     MoNEPreTrainedModel,
     PositionedTokens,
     check_kwargs,
     check_pixel_values,
     make_classifier,
+    make_layers,
     make_routers,
     nested_encoder,
     patch_grid,
@@ -120,7 +120,7 @@ class MoNEViViTEncoder(PositionedTokens):
         super().__init__(config, grid)
         self.config = config
         self.routers = make_routers(config) if routed else nn.ModuleList()
-        self.layers = nn.ModuleList([MoNELayer(config) for _ in range(num_layers)])
+        self.layers = make_layers(config, num_layers)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(

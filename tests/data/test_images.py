@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import ViTImageProcessor
 
-from mone.data import LabelledImages, collate_images, load_image_datasets, make_image_transforms
+from mone.data import load_image_datasets, make_image_transforms
 
 
 def picture(seed: int, size=(12, 10), mode="RGB") -> PILImage.Image:
@@ -140,48 +140,6 @@ def test_training_transform_flips_only_when_asked():
         torch.manual_seed(0)
         pixels = [augment(image) for _ in range(30)]
         assert {bool(x[0, 4, 0] > x[0, 4, 7]) for x in pixels if x[0, 4, 0] != x[0, 4, 7]} == sides
-
-
-def test_rows_and_batches(tmp_path, cache):
-    splits = load_image_datasets(
-        train_dir=write_folder(tmp_path / "t", ["cat", "dog"]), validation_split=0, cache_dir=cache
-    )
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    data = LabelledImages(splits["train"], make_image_transforms(processor, (8, 8), train=False))
-    assert len(data) == 6
-    batch = collate_images([data[i] for i in (0, 5)])
-    assert batch["pixel_values"].shape == (2, 3, 8, 8)
-    assert batch["labels"].tolist() == [0, 1]
-
-
-def test_augmentation_depends_on_seed_epoch_and_row_alone(tmp_path, cache):
-    splits = load_image_datasets(train_dir=write_folder(tmp_path / "t", ["cat"]), validation_split=0, cache_dir=cache)
-    augment = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), (8, 8), train=True)
-    data = LabelledImages(splits["train"], augment, seed=1)
-    first = data[0]["pixel_values"]
-    state = torch.get_rng_state()
-    torch.manual_seed(99)
-    assert torch.equal(data[0]["pixel_values"], first), "whatever the state of the global generator"
-    torch.set_rng_state(state)
-    data[1]
-    assert torch.equal(torch.get_rng_state(), state), "and that is left alone"
-    data.set_epoch(1)
-    assert not torch.equal(data[0]["pixel_values"], first)
-    data.set_epoch(0)
-    assert torch.equal(data[0]["pixel_values"], first)
-    assert not torch.equal(LabelledImages(splits["train"], augment, seed=2)[0]["pixel_values"], first)
-
-
-def test_persistent_workers_see_the_epoch(tmp_path, cache):
-    splits = load_image_datasets(train_dir=write_folder(tmp_path / "t", ["cat"]), validation_split=0, cache_dir=cache)
-    augment = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), (8, 8), train=True)
-    data = LabelledImages(splits["train"], augment)
-    options = {"batch_size": 3, "collate_fn": collate_images, "num_workers": 1, "persistent_workers": True}
-    loader = torch.utils.data.DataLoader(data, **options)
-    for epoch in (0, 1):
-        data.set_epoch(epoch)
-        batch = next(iter(loader))["pixel_values"]
-        assert torch.equal(batch, torch.stack([data[i]["pixel_values"] for i in range(3)]))
 
 
 @pytest.mark.parametrize("name", ["plain/", "with [brackets]"])

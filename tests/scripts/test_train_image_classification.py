@@ -171,16 +171,23 @@ def test_a_missing_validation_set_is_named(tmp_path, parquet):
         )
 
 
-def test_overrides_of_every_kind():
-    text = "hidden_size=64, router_layers=(0,2),image_size=[32,16],pooling=cls,qkv_bias=false,layer_norm_eps=1e-6,"
-    assert script.parse_overrides(text) == {
-        "hidden_size": 64,
-        "router_layers": (0, 2),
-        "image_size": [32, 16],
-        "pooling": "cls",
-        "qkv_bias": False,
-        "layer_norm_eps": 1e-6,
-    }
+def test_a_damaged_image_does_not_end_a_run(tmp_path):
+    images, labels = digits(40)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / ("train" if number < 30 else "validation") / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    damaged = [sorted(tmp_path.glob(f"{split}/*/*.png"))[3] for split in ("train", "validation")]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:60])
+    metrics = script.main(
+        [
+            *("--train_dir", str(tmp_path / "train"), "--validation_dir", str(tmp_path / "validation")),
+            *("--config_overrides", TINY, "--do_train", "--do_eval", "--num_train_epochs", "2"),
+            *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), *QUIET),
+        ]
+    )
+    assert metrics["train_unreadable"] == metrics["eval_unreadable"] == 1
 
 
 def test_a_run_that_had_finished_keeps_its_numbers(tmp_path, parquet):

@@ -4,8 +4,15 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from mone import MoNEConfig, MoNEForImageClassification, count_macs
-from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments, capacity_at_step
+from mone import (
+    MoNEConfig,
+    MoNEForImageClassification,
+    MoNEViViTConfig,
+    MoNEViViTForVideoClassification,
+    count_macs,
+)
+from mone.data import IGNORED
+from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments, capacity_at_step, classification_metrics
 
 
 def tiny_model(**config) -> MoNEForImageClassification:
@@ -237,3 +244,132 @@ def test_the_saved_model_runs_at_the_capacity_it_was_trained_for(tmp_path):
     assert make_trainer(tmp_path, capacity=0.4).model.config.capacity == 0.4
     sampled = make_trainer(tmp_path, model=tiny_model(capacity=0.7), capacity=0.4, capacity_schedule="uniform")
     assert sampled.model.config.capacity == 0.7
+
+
+def labels_seen(model) -> list:
+    """(pixel_values, labels) that the model's forward gets in training, as a growing list."""
+    seen = []
+
+    def record(module, args, kwargs):
+        if "labels" in kwargs:
+            seen.append((kwargs["pixel_values"].clone(), kwargs["labels"].clone()))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return seen
+
+
+def test_label_smoothing_is_torchs_and_not_for_evaluation(tmp_path):
+    options = {"max_steps": 1, "per_device_train_batch_size": 16, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, label_smoothing_factor=0.3, model=tiny_model(initializer_range=0.3), **options)
+    loss = trainer.train().training_loss
+    pixel_values = torch.stack([row["pixel_values"] for row in trainer.train_dataset])
+    labels = torch.tensor([row["labels"] for row in trainer.train_dataset])
+    with torch.no_grad():
+        logits = trainer.model.train()(pixel_values).logits
+    smoothed = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3).item()
+    plain = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert abs(smoothed - plain) > 1e-3
+    assert loss == pytest.approx(smoothed, abs=1e-5)
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(plain, abs=1e-5)
+
+
+def test_mixup_mixes_examples_and_labels_alike(tmp_path):
+    trainer = make_trainer(tmp_path, mixup=0.5, label_smoothing_factor=0.1, max_steps=8, capacity=0.4)
+    seen = labels_seen(trainer.model)
+    trainer.train()
+    originals = {tuple(row["pixel_values"][0, 0, :4].tolist()): row for row in trainer.train_dataset}
+    corners = torch.tensor(list(originals))
+    shares = []
+    for pixel_values, labels in seen:
+        assert labels.sum(-1) == pytest.approx(torch.ones(4))
+        shares_of_batch = []
+        for pixels, soft in zip(pixel_values, labels, strict=True):
+            # Which two rows, in which shares? Solve for every pair.
+            found = []
+            for i in range(len(corners)):
+                for j in range(len(corners)):
+                    direction = corners[i] - corners[j]
+                    if i == j:
+                        continue
+                    share = ((pixels[0, 0, :4] - corners[j]) @ direction / (direction @ direction)).item()
+                    rest = (pixels[0, 0, :4] - corners[j] - share * direction).abs().max()
+                    if rest < 1e-5 and -1e-6 <= share <= 1 + 1e-6:
+                        hard = [trainer.train_dataset[k]["labels"] for k in (i, j)]
+                        one_hot = torch.nn.functional.one_hot(torch.tensor(hard), 3).float() * 0.9 + 0.1 / 3
+                        if torch.allclose(share * one_hot[0] + (1 - share) * one_hot[1], soft, atol=1e-4):
+                            found.append(max(share, 1 - share))
+            assert found
+            shares_of_batch.append(found[0])
+        shares.append(round(shares_of_batch[0], 3))
+    assert len(set(shares)) > 4, "another share at every step"
+
+
+def test_mixup_is_the_same_after_resumption_and_under_accumulation(tmp_path):
+    """The loss of mixed labels, in micro-batches, is that of torch on all of them."""
+    options = {"max_steps": 1, "mixup": 0.4, "learning_rate": 0.0, "seed": 3}
+    whole = make_trainer(tmp_path, per_device_train_batch_size=8, train=rows(8), **options)
+    seen = labels_seen(whole.model)
+    whole.train()
+    again = make_trainer(tmp_path, per_device_train_batch_size=8, train=rows(8), **options)
+    seen_again = labels_seen(again.model)
+    again.train()
+    assert torch.equal(seen[0][0], seen_again[0][0]) and torch.equal(seen[0][1], seen_again[0][1])
+
+    parts = make_trainer(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, train=rows(8), **options
+    )
+    seen = labels_seen(parts.model)
+    loss = parts.train().training_loss
+    with torch.no_grad():
+        logits = [parts.model.train()(pixel_values).logits for pixel_values, _ in seen[:4]]
+    labels = torch.cat([labels for _, labels in seen[:4]])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits), labels).item()
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("config", [{"problem_type": "multi_label_classification"}, {"num_labels": 1}])
+def test_mixup_needs_one_label_out_of_several(tmp_path, config):
+    with pytest.raises(ValueError, match="mixup and label_smoothing_factor need single-label"):
+        make_trainer(tmp_path, model=tiny_model(**config), mixup=0.3)
+    with pytest.raises(ValueError, match=r"mixup=-1\.0"):
+        make_trainer(tmp_path, mixup=-1.0)
+
+
+def test_logits_of_clips_are_averaged_and_unreadable_ones_left_out(tmp_path):
+    torch.manual_seed(0)
+    config = MoNEViViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_temporal_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        tubelet_size=(2, 8, 8),
+        num_frames=4,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    model = MoNEViViTForVideoClassification(config)
+    generator = torch.Generator().manual_seed(1)
+    videos = [
+        {"pixel_values": torch.randn(5, 4, 3, 16, 16, generator=generator), "labels": [0, 2, IGNORED, 1][i]}
+        for i in range(4)
+    ]
+    args = {"per_device_eval_batch_size": 1, "eval_capacities": [0.3, 1.0], "report_to": "none", "use_cpu": True}
+    trainer = MoNETrainer(
+        model=model,
+        args=MoNETrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, **args),
+        eval_dataset=videos,
+        compute_metrics=classification_metrics,
+    )
+    metrics = trainer.evaluate()
+    kept = [video for video in videos if video["labels"] != IGNORED]
+    labels = torch.tensor([video["labels"] for video in kept])
+    for capacity in (0.3, 1.0):
+        with torch.no_grad():
+            logits = torch.stack([model.eval()(v["pixel_values"], capacity=capacity).logits.mean(0) for v in kept])
+        loss = torch.nn.functional.cross_entropy(logits, labels).item()
+        assert metrics[f"eval_capacity_{capacity:g}_loss"] == pytest.approx(loss, abs=1e-5)
+        accuracy = (logits.argmax(-1) == labels).float().mean().item()
+        assert metrics[f"eval_capacity_{capacity:g}_accuracy"] == pytest.approx(accuracy)
+        assert metrics[f"eval_capacity_{capacity:g}_unreadable"] == 1

@@ -39,6 +39,13 @@ class MoNETrainingArguments(TrainingArguments):
             "Default: --learning_rate."
         },
     )
+    mixup: float = field(
+        default=0.0,
+        metadata={
+            "help": "Parameter alpha of the Beta distribution by which two training examples and their labels are "
+            "mixed; 0 for none. For one label per example."
+        },
+    )
 
     def __post_init__(self):
         # A YAML file gives a lone capacity as a number, and 1e-3 as text.
@@ -49,4 +56,6 @@ class MoNETrainingArguments(TrainingArguments):
                 setattr(self, name, float(getattr(self, name)))
         if self.capacity_schedule not in CAPACITY_SCHEDULES:
             raise ValueError(f"capacity_schedule={self.capacity_schedule!r} must be one of {CAPACITY_SCHEDULES}.")
+        if not self.mixup >= 0:
+            raise ValueError(f"mixup={self.mixup} must be 0 or a positive number.")
         super().__post_init__()

@@ -4,6 +4,10 @@
 import datasets
 import evaluate
 import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from ..data import IGNORED
 
 
 class Accuracy(evaluate.Metric):
@@ -21,3 +25,25 @@ class Accuracy(evaluate.Metric):
 
     def _compute(self, predictions, references):
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and mean cross-entropy of single-label classification, for Trainer's `compute_metrics`.
+
+    Examples that could not be read (label -100) are left out, and counted as "unreadable" where there are any.
+
+    Raises:
+        ValueError: no example could be read.
+    """
+    readable = prediction.label_ids != IGNORED
+    logits, labels = prediction.predictions[readable], prediction.label_ids[readable]
+    if not len(labels):
+        raise ValueError(f"None of the {len(readable)} examples to evaluate on could be read.")
+    metrics = Accuracy().compute(predictions=np.argmax(logits, axis=1), references=labels)
+    # Trainer's own is the mean over batches, of which one without a readable example has none.
+    metrics["loss"] = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).float(), torch.from_numpy(labels)
+    ).item()
+    if not readable.all():
+        metrics["unreadable"] = int((~readable).sum())
+    return metrics

@@ -1,13 +1,16 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """transformers' Trainer with a capacity for every step and every evaluation."""
 
+import random
 import time
 
+import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
 from ..capacity import relative_widths
 from ..flops import count_macs
+from ..modeling_mone import classification_loss
 from ..routing import Router
 from .schedules import PAPER_GRID, capacity_at_step
 
@@ -31,6 +34,9 @@ class MoNETrainer(Trainer):
     The routers may have their own learning rate, alpha has no weight decay, and `total_flos` counts what the model
     computed at the capacities it ran at (forward and backward, two operations per multiply-accumulate).
 
+    Training mixes examples (`args.mixup`) and smooths labels (`args.label_smoothing_factor`); evaluation does neither.
+    The logits of several clips of a video, pixel_values (batch, clips, frames, channels, height, width), are averaged.
+
     Raises:
         ValueError: when it is made, for a capacity that the model does not allow.
     """
@@ -47,7 +53,21 @@ class MoNETrainer(Trainer):
         smallest = relative_widths(config.num_experts)[0]
         self.grid = tuple(capacity for capacity in PAPER_GRID if capacity >= smallest)
         self._eval_capacity = self.capacity
+        # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
+        self.label_smoother = None
+        if self.softens_labels:
+            if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+                raise ValueError(
+                    "mixup and label_smoothing_factor need single-label classification of at least 2 classes, got "
+                    f"problem_type={config.problem_type!r} and {config.num_labels} classes."
+                )
+            config.problem_type = "single_label_classification"
         self.add_callback(MoNECallback())
+
+    @property
+    def softens_labels(self) -> bool:
+        """Whether training turns class numbers into probabilities."""
+        return self.args.mixup > 0 or self.args.label_smoothing_factor > 0
 
     def step_capacity(self) -> float:
         """The capacity of the current optimiser step."""
@@ -59,8 +79,37 @@ class MoNETrainer(Trainer):
             grid=self.grid,
         )
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        return super().training_step(model, {**inputs, "capacity": self.step_capacity()}, *args, **kwargs)
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = {**self._prepare_inputs(inputs), "capacity": self.step_capacity()}
+        if self.softens_labels:
+            inputs |= self._soften_labels(inputs["pixel_values"], inputs["labels"])
+            if num_items_in_batch is not None:
+                num_items_in_batch = num_items_in_batch * self.model.config.num_labels
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _soften_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Smoothed and mixed: labels (batch,) -> probabilities (batch, num_labels)."""
+        num_labels, smoothing = self.model.config.num_labels, self.args.label_smoothing_factor
+        labels = torch.nn.functional.one_hot(labels, num_labels).to(pixel_values.dtype)
+        labels = labels * (1 - smoothing) + smoothing / num_labels
+        if self.args.mixup > 0:
+            # Like the capacity, the same on every rank and after resumption, and the same for images and clips.
+            share = random.Random(f"mixup-{self.args.seed}-{self.state.global_step}").betavariate(
+                self.args.mixup, self.args.mixup
+            )
+            pixel_values, labels = (torch.lerp(x, x.roll(1, 0), 1 - share) for x in (pixel_values, labels))
+        return {"pixel_values": pixel_values, "labels": labels}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As Trainer's; the logits of several clips of a video are averaged (paper: of 8)."""
+        if inputs["pixel_values"].dim() < 6:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels, clips = inputs.pop("labels", None), inputs.pop("pixel_values").unbind(1)
+        # One after the other: memory does not grow with their number.
+        logits = torch.stack([model(pixel_values=clip, **inputs).logits for clip in clips]).mean(0)
+        loss = None if labels is None else classification_loss(self.model, logits, labels, num_items_in_batch)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, {**inputs, "capacity": self._eval_capacity}, *args, **kwargs)

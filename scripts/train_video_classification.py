@@ -1,0 +1,156 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tune a MoNE for video classification: from a MoNE video checkpoint, from an image model, or from scratch.
+
+    python scripts/train_video_classification.py --init_from google/vit-base-patch16-224 \\
+        --train_file something-something-v2-train.json --validation_file something-something-v2-validation.json \\
+        --video_dir 20bn-something-something-v2 --frame_sampling_rate 1 --flip false \\
+        --capacity_schedule uniform --eval_capacities 0.2 0.4 1.0 --do_train --do_eval --output_dir outputs/ssv2
+
+Videos come from folders (one per class), lists (Something-Something-v2, Kinetics-400, csv) or the Hub. The
+augmentations are ViViT's and their defaults are those for Kinetics-400; a file that cannot be decoded is skipped and
+counted. The arguments may also stand in one JSON or YAML file. A run that was stopped goes on from its last
+checkpoint in `--output_dir` when it is started again.
+"""
+
+import functools
+import sys
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, AutoVideoProcessor, ViTForImageClassification
+
+from mone import (
+    MoNEForImageClassification,
+    MoNEViViTConfig,
+    MoNEViViTForVideoClassification,
+    MoNEViViTVideoProcessor,
+)
+from mone.configuration_mone import as_pair
+from mone.conversion import mone_from_vit, mone_vivit_from_mone
+from mone.data import load_video_datasets, make_video_transforms
+from mone.training import MoNETrainingArguments
+from mone.training.command_line import (
+    DataArguments,
+    ModelArguments,
+    label_fields,
+    parse_arguments,
+    parse_overrides,
+    prepare_splits,
+    train_and_evaluate,
+)
+
+
+@dataclass
+class VideoModelArguments(ModelArguments):
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of an image MoNE or ViT: the start of a new model's spatial encoder."},
+    )
+
+
+@dataclass
+class VideoArguments(DataArguments):
+    video_column: str | None = field(default=None, metadata={"help": "Default: the only column of videos."})
+    video_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the videos that a list names. Default: the list's own."}
+    )
+    sampling: str | None = field(
+        default=None,
+        metadata={
+            "help": "dense: clips of frames that are --frame_sampling_rate apart. uniform: frames spread over the "
+            "video. Default: the checkpoint's, else dense.",
+            "choices": ["dense", "uniform"],
+        },
+    )
+    frame_sampling_rate: int | None = field(
+        default=None, metadata={"help": "Distance of a dense clip's frames. Default: the checkpoint's, else 2."}
+    )
+    num_clips: int = field(default=8, metadata={"help": "Clips of a video whose logits an evaluation averages."})
+    scale_jitter: list[float] = field(
+        default_factory=lambda: [0.9, 1.33],
+        metadata={"help": "Smallest and largest factor of the size to which training frames are resized."},
+    )
+    color_jitter: float = field(
+        default=0.8, metadata={"help": "Probability to change a training clip's brightness, contrast and colour."}
+    )
+    grayscale: float = field(default=0.1, metadata={"help": "Probability to drop a training clip's colour."})
+    randaugment_layers: int = field(default=0, metadata={"help": "RandAugment's number of operations; 0 for none."})
+    randaugment_magnitude: int = field(default=20, metadata={"help": "RandAugment's strength, 0 to 30."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Train and evaluate as `argv` (default: the command line) says; the metrics of the run."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, training_args = parse_arguments(argv, VideoModelArguments, VideoArguments)
+    model, processor, splits = load(model_args, data_args, training_args)
+    transforms = functools.partial(
+        make_video_transforms,
+        processor,
+        num_clips=1 if processor.sampling == "uniform" else data_args.num_clips,
+        flip=data_args.flip,
+        scale_jitter=tuple(data_args.scale_jitter),
+        color_jitter=data_args.color_jitter,
+        grayscale=data_args.grayscale,
+        randaugment_layers=data_args.randaugment_layers,
+        randaugment_magnitude=data_args.randaugment_magnitude,
+    )
+    return train_and_evaluate(model, processor, splits, transforms, training_args, "video-classification")
+
+
+def load(model_args: VideoModelArguments, data_args: VideoArguments, training_args: MoNETrainingArguments):
+    """The model, its video processor and the data sets, with one set of labels."""
+    checkpoint, init_from = model_args.model_name_or_path, model_args.init_from
+    overrides = parse_overrides(model_args.config_overrides, MoNEViViTConfig)
+    if checkpoint is not None and init_from is not None:
+        raise ValueError("--model_name_or_path and --init_from exclude each other: give one of them.")
+    if checkpoint is None and init_from is None and not overrides:
+        raise ValueError("Give --model_name_or_path, --init_from, or --config_overrides for a new model.")
+    names = None
+    if checkpoint or init_from:
+        config = AutoConfig.from_pretrained(checkpoint or init_from, **model_args.hub)
+        allowed = ("mone_vivit",) if checkpoint else ("mone", "vit")
+        if config.model_type not in allowed:
+            raise ValueError(f"{checkpoint or init_from} is a {config.model_type!r} model; allowed are {allowed}.")
+        if checkpoint and not training_args.do_train:
+            names = [config.id2label[number] for number in range(config.num_labels)]
+    splits = load_video_datasets(
+        **data_args.source(),
+        video_column=data_args.video_column,
+        video_dir=data_args.video_dir,
+        label_names=names,
+        seed=training_args.seed,
+        token=model_args.token,
+        cache_dir=model_args.cache_dir,
+    )
+    splits, labels = prepare_splits(splits, data_args, training_args), label_fields(splits)
+
+    if checkpoint:
+        # Another number of classes than the checkpoint's gets a new classifier.
+        model = MoNEViViTForVideoClassification.from_pretrained(
+            checkpoint, **model_args.hub, **labels, **overrides, ignore_mismatched_sizes=True
+        )
+    elif init_from and config.model_type == "vit":
+        image_model = mone_from_vit(ViTForImageClassification.from_pretrained(init_from, **model_args.hub))
+        model = mone_vivit_from_mone(image_model, **overrides, **labels)
+    elif init_from:
+        image_model = MoNEForImageClassification.from_pretrained(init_from, **model_args.hub)
+        model = mone_vivit_from_mone(image_model, **overrides, **labels)
+    else:
+        model = MoNEViViTForVideoClassification(MoNEViViTConfig(**overrides, **labels))
+
+    sampling = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    sampling["num_frames"] = model.config.num_frames
+    if checkpoint:
+        processor = AutoVideoProcessor.from_pretrained(checkpoint, **model_args.hub, **sampling)
+    else:
+        height, width = as_pair(model.config.image_size)
+        processor = MoNEViViTVideoProcessor(
+            size={"shortest_edge": round(256 / 224 * max(height, width))},  # ViViT's
+            crop_size={"height": height, "width": width},
+            **sampling,
+        )
+    return model, processor, splits
+
+
+if __name__ == "__main__":
+    main()
