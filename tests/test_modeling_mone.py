@@ -440,14 +440,16 @@ def test_stochastic_depth_skips_and_scales_whole_examples(capacity, router_type)
 
 def test_stochastic_depth_keeps_the_expectation():
     model = make_model(drop_path_rate=0.3, num_hidden_layers=2, router_layers=(1,), alpha=0.5, std=0.05)
-    layer, x = model.mone.layers[-1].train(), torch.randn(1, 6, model.config.hidden_size)
-    gate = torch.rand(1, 6, 1) + 1
-    slices = ((0, 6, model.config.hidden_size),)
+    layer, x = model.mone.layers[-1].train(), torch.randn(6, 1, model.config.hidden_size)
+    gate, update = torch.rand(6, 1, 1) + 1, 0.1 * torch.randn_like(x)
+
+    def residual(copies):
+        return layer._residual(*(t.expand(-1, copies, -1) for t in (x, update)), None, gate.expand(-1, copies, -1))
+
     with torch.no_grad():
-        x_all = x.expand(20000, -1, -1)
-        updates = [0.1 * torch.randn_like(x).expand_as(x_all)]
-        mean = layer._residual(x_all, updates, None, slices, gate.expand(20000, -1, -1)).mean(0)
-        expected = layer.eval()._residual(x, [updates[0][:1]], None, slices, gate)[0]
+        mean = residual(20000).mean(1)
+        layer.eval()
+        expected = residual(1)[:, 0]
     torch.testing.assert_close(mean, expected, atol=0.02, rtol=0)
 
 

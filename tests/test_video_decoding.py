@@ -4,7 +4,6 @@ import io
 import os
 import random
 import socket
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +26,7 @@ from videos import (
     number_of,
     plain,
     remux,
+    run_and_read_peaks,
     transcode,
 )
 
@@ -432,9 +432,8 @@ def test_memory_does_not_grow_with_the_length(ten_minutes):
     source = Path(sys.modules[VideoReader.__module__].__file__).parent
     names = [ten_minutes / "short.mp4", ten_minutes / "long.mp4", ten_minutes / "long.mkv"]
     # By path, not as a package, which would bring torch.
-    script = [sys.executable, "-c", MEMORY, source, *names]
-    peaks = [float(line) for line in subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()]
-    assert peaks[-1] - peaks[0] < 300, peaks
+    peaks = run_and_read_peaks(MEMORY, source, *names)
+    assert len(peaks) == 3 and peaks[-1] - peaks[0] < 300, peaks
 
 
 # ---- sources ----

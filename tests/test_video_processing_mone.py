@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -478,35 +475,6 @@ def test_auto_class_with_the_package(tmp_path):
     MoNEViViTVideoProcessor(**OPTIONS).save_pretrained(tmp_path)
     loaded = AutoVideoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is MoNEViViTVideoProcessor and loaded.num_clips == 2
-
-
-REMOTE = """
-import sys
-import numpy as np
-from transformers import AutoVideoProcessor
-processor = AutoVideoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert type(processor).__module__.startswith("transformers_modules"), type(processor)
-assert "mone" not in sys.modules
-frames = processor(sys.argv[2], return_tensors="pt").pixel_values
-np.save(sys.argv[3], frames.numpy())
-"""
-
-
-def test_auto_class_with_trust_remote_code(file, tmp_path, monkeypatch):
-    monkeypatch.setattr(MoNEViViTVideoProcessor, "_auto_class", None)
-    MoNEViViTVideoProcessor.register_for_auto_class()
-    processor = MoNEViViTVideoProcessor(**OPTIONS)
-    folder = tmp_path / "checkpoint"
-    processor.save_pretrained(folder)
-    assert {"video_processing_mone.py", "video_decoding.py"} <= {path.name for path in folder.iterdir()}
-    clip = tmp_path / "clip.mkv"
-    clip.write_bytes(file)
-    script = [sys.executable, "-c", REMOTE, folder, clip, tmp_path / "out.npy"]
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    expected = processor(clip, return_tensors="pt").pixel_values
-    assert torch.equal(torch.from_numpy(np.load(tmp_path / "out.npy")), expected)
 
 
 @needs_real_videos

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -138,3 +140,13 @@ def plain(data) -> list[np.ndarray]:
     """All frames, decoded by PyAV from the first to the last."""
     with av.open(io.BytesIO(data)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def run_and_read_peaks(code, *arguments) -> list[float]:
+    """Runs `code`, which prints peaks of its memory, in a new process."""
+    # By way of a shell, for on Linux a new process's ru_maxrss begins at the peak of the one that started it. That
+    # of the tests may be larger than anything measured here.
+    script = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [float(line) for line in done.stdout.split()]

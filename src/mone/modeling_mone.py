@@ -3,8 +3,9 @@
 
 One pre-norm ViT holds E nested experts: expert i works on the first d_i = D / 2**(E-i) features of every in- and
 out-projection. A router ranks the tokens once, Expert Preferred Routing gives each expert a fixed number of them,
-and the tokens are sorted by expert, largest first. From there on every expert is one contiguous slice, so that the
-layers neither gather nor mask; the order is restored once, at the end.
+and the tokens are sorted by expert, largest first. From there on every expert is one block of rows, so that the
+layers neither gather nor mask; the order is restored once, at the end. Inside the layers tokens come first and images
+second, (N, B, D): this makes the blocks contiguous for every batch size (`nested_linear.py`).
 
 Axis letters:
     B  batch
@@ -38,6 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
 from .configuration_mone import MoNEConfig, as_pair
+from .nested_linear import NestedIn, NestedOut, Slice
 from .routing import Router
 
 
@@ -91,52 +93,7 @@ class MoNEImageClassifierOutput(ModelOutput):
     expert_indices: tuple[torch.LongTensor, ...] | None = None
 
 
-# --- nested projections (section 3.1) -------------------------------------------------------------------------------
-
-# The tokens start..stop of a sorted sequence that one expert processes, and that expert's width d.
-Slice = tuple[int, int, int]
-
-
-class NestedIn(nn.Linear):
-    """In-projection of a nested expert: the first d columns of the weight, d being the width of the input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight[:, : x.shape[-1]], self.bias)
-
-
-class NestedOut(nn.Linear):
-    """Out-projection of a nested expert: the first d rows of weight and bias."""
-
-    def forward(self, x: torch.Tensor, d: int) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight[:d], self.bias[:d])
-
-
-def add_updates(
-    residual: torch.Tensor, updates: list[torch.Tensor], slices: tuple[Slice, ...], gate: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Add each expert's update, times the gate, to the first d features of its tokens. The others pass through.
-
-    Args:
-        residual: (B, N, D).
-        updates: one (B, stop - start, d) per slice.
-        slices: that cover the N tokens.
-        gate: (B, N, 1), or None for no gate.
-    """
-    if len(slices) == 1 and slices[0][2] == residual.shape[-1]:
-        return residual + updates[0] if gate is None else torch.addcmul(residual, gate, updates[0])
-    out = residual.clone()
-    for (start, stop, d), update in zip(slices, updates, strict=True):
-        target = out[:, start:stop, :d]
-        if gate is None:
-            target.add_(update)
-        else:
-            target.addcmul_(gate[:, start:stop], update)
-    return out
-
-
-def concatenate(slices: list[torch.Tensor]) -> torch.Tensor:
-    """(B, n_i, D) -> (B, N, D); a single slice is not copied."""
-    return slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 class MoNEAttention(nn.Module):
@@ -159,13 +116,10 @@ class MoNEAttention(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, slices: tuple[Slice, ...], **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """(B, N, D) -> one update (B, stop - start, d) per slice, and the attention weights (eager only)."""
-        inputs = [hidden_states[:, start:stop, :d] for start, stop, d in slices]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, B, D) -> update (N, B, D), and the attention weights (eager only)."""
         query, key, value = (
-            concatenate([proj(x) for x in inputs])
-            .unflatten(-1, (self.num_attention_heads, self.head_dim))
-            .transpose(1, 2)
+            proj(hidden_states, slices).unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, H, N, D / H) each
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -181,8 +135,8 @@ class MoNEAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        context = context.flatten(2)  # (B, N, D)
-        return [self.o_proj(context[:, start:stop], d) for start, stop, d in slices], attn_weights
+        context = context.flatten(2).transpose(0, 1).contiguous()  # (N, B, D)
+        return self.o_proj(context, slices), attn_weights
 
 
 class MoNEMLP(nn.Module):
@@ -194,11 +148,9 @@ class MoNEMLP(nn.Module):
         self.fc1 = NestedIn(config.hidden_size, config.intermediate_size)
         self.fc2 = NestedOut(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> list[torch.Tensor]:
-        """(B, N, D) -> one update (B, stop - start, d) per slice."""
-        return [
-            self.fc2(self.activation_fn(self.fc1(hidden_states[:, start:stop, :d])), d) for start, stop, d in slices
-        ]
+    def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
+        """(N, B, D) -> update (N, B, D)."""
+        return self.fc2(self.activation_fn(self.fc1(hidden_states, slices)), slices)
 
 
 class MoNELayer(GradientCheckpointingLayer):
@@ -227,29 +179,29 @@ class MoNELayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Args:
-        hidden_states: (B, N, D).
-        gate: (B, N, 1) factor of the MLP's update, None for 1.
-        feature_mask: (B, N, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
+        hidden_states: (N, B, D).
+        gate: (N, B, 1) factor of the MLP's update, None for 1.
+        feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
         slices: the experts' tokens and widths.
         """
         x = self.layernorm_before(hidden_states)
-        updates, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
-        hidden_states = self._residual(hidden_states, updates, feature_mask, slices, None)
+        update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
+        hidden_states = self._residual(hidden_states, update, feature_mask, None)
 
         x = self.layernorm_after(hidden_states)
-        updates = self.mlp(x if feature_mask is None else x * feature_mask, slices)
-        return self._residual(hidden_states, updates, feature_mask, slices, gate)
+        update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
+        return self._residual(hidden_states, update, feature_mask, gate)
 
-    def _residual(self, hidden_states, updates, feature_mask, slices, gate):
-        updates = [self.dropout(update) for update in updates]
+    def _residual(self, hidden_states, update, feature_mask, gate):
+        update = self.dropout(update)
         if feature_mask is not None:
-            updates = [updates[0] * feature_mask]
+            update = update * feature_mask
         if self.training and self.drop_path > 0:
-            kept = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.drop_path
+            kept = torch.rand(1, hidden_states.shape[1], 1, device=hidden_states.device) >= self.drop_path
             # Those kept count for those dropped, so that the expectation is what evaluation computes.
             scale = kept.to(hidden_states.dtype) / (1.0 - self.drop_path)
-            gate = scale.expand(-1, hidden_states.shape[1], -1) if gate is None else gate * scale
-        return add_updates(hidden_states, updates, slices, gate)
+            gate = scale if gate is None else gate * scale
+        return hidden_states + update if gate is None else torch.addcmul(hidden_states, gate, update)
 
 
 def make_layers(config: MoNEConfig, num_layers: int) -> nn.ModuleList:
@@ -326,27 +278,29 @@ def nested_encoder(
     slices = ((0, hidden_states.shape[1], config.hidden_size),)
     order, gate, feature_mask = None, None, None
     orders, router_logits, expert_indices = [], [], []
+    tokens = None if 0 in routers else take_tokens(hidden_states, order)  # (num_prefix + N, B, D)
     for index, layer in enumerate(layers):
         if index in routers:
-            hidden_states = restore_order(hidden_states, order)
+            hidden_states = hidden_states if tokens is None else restore_order(tokens, order)
             routing = routers[index](hidden_states[:, num_prefix:], counts, generator)
             router_logits.append(routing.logits)
             expert_indices.append(routing.experts)
             gate = routing.gate
             if gate is not None and num_prefix:
                 gate = nn.functional.pad(gate, (0, 0, num_prefix, 0), value=1.0)
+            order = None
             if config.router_type == "argmax":
                 feature_mask = expert_feature_mask(config, routing.experts, num_prefix, hidden_states.dtype)
             else:
-                slices, order = expert_slices(config, counts, num_prefix), None
+                slices = expert_slices(config, counts, num_prefix)
                 if len(slices) > 1:
                     order = expert_order(routing.experts, num_prefix)
-                    hidden_states = take_tokens(hidden_states, order)
-                    gate = None if gate is None else take_tokens(gate, order)
+            tokens = take_tokens(hidden_states, order)
+            gate = None if gate is None else take_tokens(gate, order)
         orders.append(order)
-        hidden_states = layer(hidden_states, gate, feature_mask, slices, **kwargs)
+        tokens = layer(tokens, gate, feature_mask, slices, **kwargs)
     return EncoderOutput(
-        last_hidden_state=restore_order(hidden_states, order),
+        last_hidden_state=restore_order(tokens, order),
         token_orders=tuple(orders),
         router_logits=tuple(router_logits),
         expert_indices=tuple(expert_indices),
@@ -377,28 +331,35 @@ def expert_order(experts: torch.Tensor, num_prefix: int) -> torch.Tensor:
 def expert_feature_mask(
     config: MoNEConfig, experts: torch.Tensor, num_prefix: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(B, N) experts -> (B, num_prefix + N, D), 1 for the features that a token's expert works on.
+    """(B, N) experts -> (num_prefix + N, B, D), 1 for the features that a token's expert works on.
 
     Zeroing the input of a full projection is slicing it, and zeroing its output is padding the slice: the paper's
     Extract and Pad, at the dense model's cost. Arg-max routing needs it, as its experts have no fixed size.
     """
     last = config.num_experts - 1
-    experts = nn.functional.pad(experts, (num_prefix, 0), value=last)
+    experts = nn.functional.pad(experts, (num_prefix, 0), value=last).t()
     widths = config.hidden_size >> (last - experts)
     features = torch.arange(config.hidden_size, device=experts.device)
     return (features < widths.unsqueeze(-1)).to(dtype)
 
 
-def take_tokens(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x[b, order[b, n]] for x of shape (B, N, ...) and an order of shape (B, N)."""
-    index = order.reshape(*order.shape, *(1,) * (x.dim() - 2))
+def take_tokens(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Batch first to token first, in an order: (B, N, ...) -> (N, B, ...), of x[b, order[b, n]] at [n, b]."""
+    batch, length = x.shape[:2]
+    if order is None:
+        return x.transpose(0, 1).contiguous()
     # The layers of one model may lie on several devices; the order stays where its router is.
-    return x.gather(1, index.to(x.device).expand_as(x))
+    rows = order.to(x.device).t() + length * torch.arange(batch, device=x.device)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (length, batch))
 
 
-def restore_order(x: torch.Tensor | None, order: torch.Tensor | None) -> torch.Tensor | None:
-    """Undo `take_tokens`."""
-    return x if x is None or order is None else take_tokens(x, order.argsort(dim=1))
+def restore_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Undo `take_tokens`: (N, B, ...) -> (B, N, ...)."""
+    length, batch = x.shape[:2]
+    if order is None:
+        return x.transpose(0, 1).contiguous()
+    rows = batch * order.to(x.device).argsort(dim=1) + torch.arange(batch, device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (batch, length))
 
 
 def restore_recorded(
@@ -415,12 +376,15 @@ def restore_recorded(
     """
     if hidden_states is not None:
         hidden_states = tuple(
-            restore_order(x, order) for x, order in zip(hidden_states, (orders[0], *orders), strict=True)
+            None if x is None else restore_order(x, order)
+            for x, order in zip(hidden_states, (orders[0], *orders), strict=True)
         )
     if attentions:
         attentions = tuple(
             # (B, H, query, key): the queries first, then the keys.
-            restore_order(restore_order(x.transpose(1, 2), order).transpose(1, 3), order).permute(0, 2, 3, 1)
+            restore_order(restore_order(x.permute(2, 0, 1, 3), order).permute(3, 0, 1, 2), order).permute(0, 3, 2, 1)
+            if order is not None
+            else x
             for x, order in zip(attentions, orders, strict=True)
         )
     return hidden_states, attentions
