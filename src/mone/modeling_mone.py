@@ -27,7 +27,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, GELUActivation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
 from .configuration_mone import MoNEConfig, as_pair
-from .nested_linear import NestedIn, NestedOut, Slice
+from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced
 from .routing import Router
 
 
@@ -117,7 +117,7 @@ class MoNEAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, slices: tuple[Slice, ...], **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N, B, D) -> update (N, B, D), and the attention weights (eager only)."""
+        """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only)."""
         query, key, value = (
             proj(hidden_states, slices).unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -149,8 +149,13 @@ class MoNEMLP(nn.Module):
         self.fc2 = NestedOut(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
-        """(N, B, D) -> update (N, B, D)."""
-        return self.fc2(self.activation_fn(self.fc1(hidden_states, slices)), slices)
+        """(N, B, D) -> update (N, B, d of the largest expert among the slices)."""
+        hidden_states = self.fc1(hidden_states, slices)
+        if isinstance(self.activation_fn, GELUActivation) and not (torch.is_grad_enabled() or is_traced()):
+            torch.ops.aten.gelu_(hidden_states)  # in place, in the cache; there is no public name
+        else:
+            hidden_states = self.activation_fn(hidden_states)
+        return self.fc2(hidden_states, slices)
 
 
 class MoNELayer(GradientCheckpointingLayer):
@@ -189,19 +194,39 @@ class MoNELayer(GradientCheckpointingLayer):
         hidden_states = self._residual(hidden_states, update, feature_mask, None)
 
         x = self.layernorm_after(hidden_states)
-        update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
-        return self._residual(hidden_states, update, feature_mask, gate)
+        if feature_mask is not None or torch.is_grad_enabled():
+            update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
+            return self._residual(hidden_states, update, feature_mask, gate)
+        # Without gradients in place, and some rows after the other: their many hidden features are read again while
+        # they are in the cache; compilers, too, find more to fuse.
+        gate = self._drop_path(gate, hidden_states)
+        for group in groups(slices, x.shape[1]):
+            start, stop, width = group[0][0], group[-1][1], group[0][2]
+            update = self.dropout(self.mlp(x[start:stop], tuple((i - start, j - start, d) for i, j, d in group)))
+            target = hidden_states[start:stop, :, :width]
+            if gate is None:
+                target.add_(update)
+            else:
+                target.addcmul_(gate[start:stop], update)
+        return hidden_states
 
     def _residual(self, hidden_states, update, feature_mask, gate):
         update = self.dropout(update)
+        if update.shape[-1] < hidden_states.shape[-1]:  # the larger experts have no tokens
+            update = nn.functional.pad(update, (0, hidden_states.shape[-1] - update.shape[-1]))
         if feature_mask is not None:
             update = update * feature_mask
-        if self.training and self.drop_path > 0:
-            kept = torch.rand(1, hidden_states.shape[1], 1, device=hidden_states.device) >= self.drop_path
-            # Those kept count for those dropped, so that the expectation is what evaluation computes.
-            scale = kept.to(hidden_states.dtype) / (1.0 - self.drop_path)
-            gate = scale if gate is None else gate * scale
+        gate = self._drop_path(gate, hidden_states)
         return hidden_states + update if gate is None else torch.addcmul(hidden_states, gate, update)
+
+    def _drop_path(self, gate, hidden_states):
+        """Stochastic depth, as another factor of an update."""
+        if not self.training or self.drop_path == 0:
+            return gate
+        kept = torch.rand(1, hidden_states.shape[1], 1, device=hidden_states.device) >= self.drop_path
+        # Those kept count for those dropped, so that the expectation is what evaluation computes.
+        scale = (kept.to(hidden_states.dtype) / (1.0 - self.drop_path)).expand(hidden_states.shape[0], -1, -1)
+        return scale if gate is None else gate * scale
 
 
 def make_layers(config: MoNEConfig, num_layers: int) -> nn.ModuleList:

@@ -5,11 +5,15 @@ An in-projection reads the first d features of an expert's tokens, with the firs
 out-projection writes the first d features, with the first d rows.
 
 Tokens come token by token and not image by image, (N, B, D), sorted by expert, largest first. So each expert's tokens
-are one block of rows in memory, and its part of a projection is one matrix product that reads its operands where they
-are and writes its result where it belongs: nothing is copied, padded or masked.
+are one block of rows in memory; and the tokens that have a feature at all, those of the experts wide enough, are the
+first rows. A projection is then a few matrix products that read their operands where they are and write their results
+where they belong: nothing is copied or masked.
 
-Axis letters: N tokens, B batch, D width of the model, d width of an expert, I and O input and output features.
+Axis letters: N tokens, B batch, D width of the model, d width of an expert, I and O input and output features; R rows
+of a flattened (N * B, features) matrix.
 """
+
+import itertools
 
 import torch
 from torch import nn
@@ -19,19 +23,24 @@ from torch.autograd.function import once_differentiable
 # The tokens start..stop of a sorted sequence that one expert processes, and that expert's width d. Largest first.
 Slice = tuple[int, int, int]
 
+# Up to so many rows, experts share products. See `blocks`.
+SHARED_ROWS = 400
+
 
 class NestedIn(nn.Linear):
     """In-projection: token n of an expert of width d becomes `weight[:, :d] x[n, :d] + bias`."""
 
     def forward(self, x: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
         """(N, B, D) -> (N, B, O); of an expert's tokens only the first d features are read."""
-        if _is_dense(slices, self.in_features):
+        if len(slices) == 1 and slices[0][2] == self.in_features:
             return nn.functional.linear(x, self.weight, self.bias)
-        if _is_traced():
-            parts = [
-                nn.functional.linear(x[start:stop, :, :d], self.weight[:, :d], self.bias) for start, stop, d in slices
-            ]
-            return torch.cat(parts)
+        if is_traced():
+            return torch.cat(
+                [
+                    nn.functional.linear(x[start:stop, :, :d], self.weight[:, :d], self.bias)
+                    for start, stop, d in slices
+                ]
+            )
         return _NestedIn.apply(*_autocast(x, self.weight, self.bias), slices)
 
 
@@ -39,26 +48,21 @@ class NestedOut(nn.Linear):
     """Out-projection: the first d features of an expert's tokens are `weight[:d] x[n] + bias[:d]`, the rest 0."""
 
     def forward(self, x: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
-        """(N, B, I) -> (N, B, D)."""
-        if _is_dense(slices, self.out_features):
-            return nn.functional.linear(x, self.weight, self.bias)
-        if _is_traced():
-            parts = [
-                nn.functional.pad(
-                    nn.functional.linear(x[start:stop], self.weight[:d], self.bias[:d]), (0, self.out_features - d)
-                )
+        """(N, B, I) -> (N, B, d of the largest expert among the slices)."""
+        width = slices[0][2]
+        if len(slices) == 1:
+            return nn.functional.linear(x, self.weight[:width], self.bias[:width])
+        if is_traced():
+            parts = (
+                (nn.functional.linear(x[start:stop], self.weight[:d], self.bias[:d]), width - d)
                 for start, stop, d in slices
-            ]
-            return torch.cat(parts)
+            )
+            return torch.cat([nn.functional.pad(part, (0, missing)) for part, missing in parts])
         return _NestedOut.apply(*_autocast(x, self.weight, self.bias), slices)
 
 
-def _is_dense(slices: tuple[Slice, ...], width: int) -> bool:
-    return len(slices) == 1 and slices[0][2] == width
-
-
-def _is_traced() -> bool:
-    """Compilers plan memory themselves, and get the same products as plain operators."""
+def is_traced() -> bool:
+    """Whether a compiler looks on: it plans memory itself, and gets the same products as plain operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -71,13 +75,68 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-def _rows(slices: tuple[Slice, ...], batch: int) -> list[Slice]:
-    """The slices in rows of the flattened (N * B, ...) matrix."""
-    return [(start * batch, stop * batch, d) for start, stop, d in slices]
+def groups(slices: tuple[Slice, ...], batch: int) -> list[tuple[Slice, ...]]:
+    """Consecutive slices that share products: as many as have `SHARED_ROWS` rows together, at least one."""
+    found = [[slices[0]]]
+    for expert in slices[1:]:
+        if (expert[1] - found[-1][0][0]) * batch <= SHARED_ROWS:
+            found[-1].append(expert)
+        else:
+            found.append([expert])
+    return [tuple(group) for group in found]
 
 
-# The gradients are written out for the same reason as the products: autograd's would fill a zero tensor of full size
-# for every slice of an operand, and add them up.
+def blocks(slices: tuple[Slice, ...], batch: int) -> list[tuple[int, int, int, int]]:
+    """Row ranges and feature ranges (start, stop, low, high) of which the slices consist, without overlap.
+
+    Some rows and the features that they all have: the smallest expert's features for all of the group's rows, those
+    that the next one adds for all but its rows, and so on. With few rows this reads every weight once and makes
+    larger products than one for each expert; with many it would write the results of an in-projection more often.
+    """
+    found = []
+    for group in groups(slices, batch):
+        low = 0
+        for _, stop, high in reversed(group):
+            found.append((group[0][0] * batch, stop * batch, low, high))
+            low = high
+    return found
+
+
+def contract(
+    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, slices: tuple[Slice, ...]
+) -> torch.Tensor:
+    """(N, B, D), (D, O) -> (N, B, O): `x[n, :d] matrix[:d] + bias` for every token n of an expert of width d."""
+    y = x.new_empty(*x.shape[:2], matrix.shape[1])
+    inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
+    for start, stop, low, high in blocks(slices, x.shape[1]):
+        rows, part = inputs[start:stop, low:high], matrix[low:high]
+        out = outputs[start:stop]
+        if low == 0 and bias is None:
+            torch.mm(rows, part, out=out)
+        else:
+            torch.addmm(bias if low == 0 else out, rows, part, out=out)
+    return y
+
+
+def expand(
+    x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None, slices: tuple[Slice, ...], width: int
+) -> torch.Tensor:
+    """(N, B, I), (I, D) -> (N, B, width): `x[n] matrix[:, :d] + bias[:d]` for an expert of width d, and then zeros."""
+    y = x.new_empty(*x.shape[:2], width)
+    inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
+    for start, stop, low, high in blocks(slices, x.shape[1]):
+        rows, part, out = inputs[start:stop], matrix[:, low:high], outputs[start:stop, low:high]
+        if bias is None:
+            torch.mm(rows, part, out=out)
+        else:
+            torch.addmm(bias[low:high], rows, part, out=out)
+    for start, stop, d in slices:
+        y[start:stop, :, d:].zero_()
+    return y
+
+
+# Gradients are written out for the same reason as the products: autograd's would fill a zero tensor of full size for
+# every slice of an operand, and add them up.
 
 
 class _NestedIn(torch.autograd.Function):
@@ -85,35 +144,23 @@ class _NestedIn(torch.autograd.Function):
     def forward(ctx, x, weight, bias, slices):
         ctx.save_for_backward(x, weight)
         ctx.slices, ctx.has_bias = slices, bias is not None
-        y = x.new_empty(*x.shape[:2], len(weight))
-        inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
-        for start, stop, d in _rows(slices, x.shape[1]):
-            operands, out = (inputs[start:stop, :d], weight[:, :d].t()), outputs[start:stop]
-            if bias is None:
-                torch.mm(*operands, out=out)
-            else:
-                torch.addmm(bias, *operands, out=out)
-        return y
+        return contract(x, weight.t(), bias, slices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        slices = _rows(ctx.slices, x.shape[1])
-        grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
         grad_x = grad_weight = grad_bias = None
+        grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for start, stop, d in slices:
-                rows = grad_x.flatten(0, 1)[start:stop]
-                torch.mm(grads[start:stop], weight[:, :d], out=rows[:, :d])
-                rows[:, d:].zero_()
+            grad_x = expand(grad, weight, None, ctx.slices, x.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-            for start, stop, d in slices:
-                grad_weight[:, :d].addmm_(grads[start:stop].t(), inputs[start:stop, :d])
+            grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
+            for stop, low, high in _features(ctx.slices, x.shape[1]):
+                torch.mm(grads[:stop].t(), inputs[:stop, low:high], out=grad_weight[:, low:high])
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = grads.sum(0)
+            grad_bias = grad.sum((0, 1))
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -122,30 +169,30 @@ class _NestedOut(torch.autograd.Function):
     def forward(ctx, x, weight, bias, slices):
         ctx.save_for_backward(x, weight)
         ctx.slices = slices
-        y = x.new_empty(*x.shape[:2], len(weight))
-        inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
-        for start, stop, d in _rows(slices, x.shape[1]):
-            torch.addmm(bias[:d], inputs[start:stop], weight[:d].t(), out=outputs[start:stop, :d])
-            outputs[start:stop, d:].zero_()
-        return y
+        return expand(x, weight.t(), bias, slices, slices[0][2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        slices = _rows(ctx.slices, x.shape[1])
-        grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
         grad_x = grad_weight = grad_bias = None
+        grad = grad.contiguous()
+        grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            for start, stop, d in slices:
-                torch.mm(grads[start:stop, :d], weight[:d], out=grad_x.flatten(0, 1)[start:stop])
+            grad_x = contract(grad, weight, None, ctx.slices)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
-            for start, stop, d in slices:
-                grad_weight[:d].addmm_(grads[start:stop, :d].t(), inputs[start:stop])
+            for stop, low, high in _features(ctx.slices, x.shape[1]):
+                torch.mm(grads[:stop, low:high].t(), inputs[:stop], out=grad_weight[low:high])
         if ctx.needs_input_grad[2]:
             grad_bias = grads.new_zeros(len(weight))
-            for start, stop, d in slices:
-                grad_bias[:d] += grads[start:stop, :d].sum(0)
+            for stop, low, high in _features(ctx.slices, x.shape[1]):
+                torch.sum(grads[:stop, low:high], 0, out=grad_bias[low:high])
         return grad_x, grad_weight, grad_bias, None
+
+
+def _features(slices: tuple[Slice, ...], batch: int) -> list[tuple[int, int, int]]:
+    """(stop, low, high): the features low..high exist in the rows up to stop."""
+    widths = [0, *(d for _, _, d in reversed(slices))]
+    stops = [stop * batch for _, stop, _ in reversed(slices)]
+    return [(stop, low, high) for stop, (low, high) in zip(stops, itertools.pairwise(widths), strict=True)]
