@@ -35,12 +35,12 @@ class NestedIn(nn.Linear):
         if len(slices) == 1 and slices[0][2] == self.in_features:
             return nn.functional.linear(x, self.weight, self.bias)
         if is_traced():
-            return torch.cat(
-                [
-                    nn.functional.linear(x[start:stop, :, :d], self.weight[:, :d], self.bias)
-                    for start, stop, d in slices
-                ]
+            # Flat, since a product of three axes copies its operand.
+            parts = (
+                nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), self.weight[:, :d], self.bias)
+                for start, stop, d in slices
             )
+            return torch.cat(list(parts)).unflatten(0, x.shape[:2])
         return _NestedIn.apply(*_autocast(x, self.weight, self.bias), slices)
 
 
