@@ -1,16 +1,99 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Timing that compares: the variants run in turn in one process, so that a slow minute slows all of them."""
+"""What a capacity saves on the clock: MoNE against transformers' own dense layers, in one process and in turn.
 
+The measure is the *efficiency*: the speed-up over the dense model divided by the reduction in multiply-accumulates.
+1 means that every saved multiplication is felt; the paper reached 0.84 on a V100 (Fig. 6).
+"""
+
+import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+import transformers
+from torch import nn
+from transformers import ViTConfig
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from .capacity import relative_widths
+from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from .flops import count_macs
+from .modeling_mone import (
+    MoNEEmbeddings,
+    MoNEForImageClassification,
+    MoNELayer,
+    MoNEPreTrainedModel,
+    expert_order,
+    expert_slices,
+    patch_grid,
+    restore_order,
+    take_tokens,
+    token_counts,
+)
+from .modeling_mone_vivit import MoNEViViTEmbeddings, MoNEViViTForVideoClassification
+
+
+# How a model is run: as it is, with its weights laid out for inference, or with its layers compiled one by one.
+MODES = ("eager", "prepared", "compiled")
+
+
+class DenseModel(nn.Module):
+    """The same classifier with transformers' dense ViT layers and SDPA: what users would run instead.
+
+    Embedding, pooling and head are those of the MoNE model, without routers; transformers has no factorised ViViT.
+
+    Args:
+        config: of the MoNE model.
+    """
+
+    def __init__(self, config: MoNEConfig):
+        super().__init__()
+        self.is_video = isinstance(config, MoNEViViTConfig)
+        fields = (
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+            "qkv_bias",
+            "layer_norm_eps",
+        )
+        dense = ViTConfig(**{name: getattr(config, name) for name in fields}, attn_implementation="sdpa")
+        self.config = config
+        self.embeddings = (MoNEViViTEmbeddings if self.is_video else MoNEEmbeddings)(config)
+        self.layers = nn.ModuleList([ViTLayer(dense) for _ in range(config.num_hidden_layers)])
+        temporal = config.num_temporal_layers if self.is_video else 0
+        self.temporal = nn.ModuleList([ViTLayer(dense) for _ in range(temporal)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) or (B, F, C, height, width) -> logits (B, num_labels)."""
+        if self.is_video:
+            tokens = self.embeddings(pixel_values)  # (B, T, N, D)
+            hidden = tokens.flatten(0, 1)
+        else:
+            hidden = self.embeddings(pixel_values, patch_grid(self.config, pixel_values.shape[-2:]))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        if self.is_video:
+            hidden = self.layernorm(hidden).mean(1).unflatten(0, tokens.shape[:2])
+            for layer in self.temporal:
+                hidden = layer(hidden)
+        return self.classifier(self.layernorm(hidden).mean(1))
+
+
+def example_input(config: MoNEConfig, batch_size: int) -> torch.Tensor:
+    """Random `pixel_values` of the shape that a model of `config` takes."""
+    frames = (config.num_frames,) if isinstance(config, MoNEViViTConfig) else ()
+    return torch.randn(batch_size, *frames, config.num_channels, *as_pair(config.image_size))
 
 
 def interleaved_seconds(
     variants: dict[str, Callable[[], object]], *, rounds: int = 10, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Time each variant once per round.
+    """Time each variant once per round, so that a slow minute slows all of them.
 
     Args:
         variants: name -> a call without arguments.
@@ -29,6 +112,200 @@ def interleaved_seconds(
             _wait_for_device()
             seconds[name].append(time.perf_counter() - start)
     return {name: times[warmup:] for name, times in seconds.items()}
+
+
+def measure(
+    config: MoNEConfig,
+    capacities: Sequence[float],
+    batch_size: int,
+    *,
+    modes: Sequence[str] = ("eager",),
+    train: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 10,
+) -> list[dict]:
+    """Time the dense model and the MoNE of `config`, with random weights, on random input.
+
+    Args:
+        config: of an image or video model with mean pooling.
+        capacities: one row each and mode.
+        batch_size: images or clips.
+        modes: of `MODES`. With "compiled" the dense model is also timed compiled.
+        train: forward and backward instead of inference; in eager mode only.
+        device, dtype: where and in what.
+        rounds: timed calls of each variant, after two that do not count.
+
+    Returns:
+        Rows with "model" ("dense", "mone"), "mode", "capacity", "batch_size", "train", "gmacs" (of one input),
+        "milliseconds" (median), "spread" (half the range between the quartiles, over the median), "per_second",
+        "reduction" (of multiply-accumulates), "speedup" and "efficiency", the last two against the dense model as it
+        is, and, for mode "compiled", "efficiency_compiled" against the compiled one.
+
+    Raises:
+        ValueError: for an unknown mode, a capacity that is not allowed, or training in another mode than eager.
+    """
+    unknown = sorted(set(modes) - set(MODES))
+    if unknown or (train and tuple(modes) != ("eager",)):
+        raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
+    for capacity in capacities:
+        config.resolve_capacity(capacity)
+    is_video = isinstance(config, MoNEViViTConfig)
+    torch.manual_seed(0)
+    pixel_values = example_input(config, batch_size).to(device, dtype)
+    labels = torch.randint(config.num_labels, (batch_size,), device=device)
+    model_class = MoNEViViTForVideoClassification if is_video else MoNEForImageClassification
+
+    def new(kind):
+        torch.manual_seed(0)
+        model = DenseModel(config) if kind == "dense" else model_class(config)
+        return model.to(device, dtype).train(train)
+
+    def step(model, **kwargs):
+        model.zero_grad(set_to_none=True)
+        logits = model(pixel_values, **kwargs)
+        logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+
+    run = step if train else (lambda model, **kwargs: model(pixel_values, **kwargs))
+    variants, models, dense = {}, {}, new("dense")
+    variants["dense", "eager", None] = lambda: run(dense)
+    if "compiled" in modes:
+        compiled_dense = new("dense")
+        for layer in (*compiled_dense.layers, *compiled_dense.temporal):
+            layer.compile(dynamic=False)
+        variants["dense", "compiled", None] = lambda: run(compiled_dense)
+    for mode in modes:
+        models[mode] = new("mone")
+        if mode == "prepared":
+            models[mode].optimize_for_inference()
+        if mode == "compiled":
+            for module in models[mode].modules():
+                if isinstance(module, MoNELayer):
+                    module.compile(dynamic=False)
+        for capacity in capacities:
+            variants["mone", mode, capacity] = lambda m=models[mode], c=capacity: run(m, capacity=c)
+
+    with torch.set_grad_enabled(train):
+        seconds = interleaved_seconds(variants, rounds=rounds)
+    # The routers are not the dense model's.
+    dense_gmacs = (count_macs(config, 1.0) - _router_macs(config)) / 1e9
+    of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
+    rows = []
+    for (name, mode, capacity), times in seconds.items():
+        median, quartiles = statistics.median(times), np.percentile(times, [25, 75])
+        gmacs = dense_gmacs if name == "dense" else count_macs(config, capacity) / 1e9
+        row = {
+            "model": name,
+            "mode": mode,
+            "capacity": capacity,
+            "batch_size": batch_size,
+            "train": train,
+            "gmacs": gmacs,
+            "milliseconds": 1e3 * median,
+            "spread": float(quartiles[1] - quartiles[0]) / 2 / median,
+            "per_second": batch_size / median,
+            "reduction": dense_gmacs / gmacs,
+            "speedup": of_dense["eager"] / median,
+        }
+        row["efficiency"] = row["speedup"] / row["reduction"]
+        if mode == "compiled":
+            row["efficiency_compiled"] = of_dense["compiled"] / median / row["reduction"]
+        rows.append(row)
+    return rows
+
+
+def routing_share(config: MoNEConfig, capacity: float, batch_size: int, *, rounds: int = 10) -> float:
+    """Share of a forward pass that routing takes: router, EPR, sorting the tokens and restoring their order.
+
+    Args:
+        config: of an image model with one learned router and mean pooling.
+        capacity, batch_size, rounds: as in [`measure`].
+    """
+    torch.manual_seed(0)
+    model = MoNEForImageClassification(config).eval()
+    pixel_values = example_input(config, batch_size)
+    grid = patch_grid(config, pixel_values.shape[-2:])
+    tokens = torch.randn(batch_size, grid[0] * grid[1], config.hidden_size)
+    counts = token_counts(config, capacity, tokens.shape[1])
+
+    def route():
+        routing = model.mone.routers[0](tokens, counts)
+        expert_slices(config, counts, 0)
+        order = expert_order(routing.experts, 0)
+        return restore_order(take_tokens(tokens, order), order), take_tokens(routing.gate, order)
+
+    with torch.no_grad():
+        seconds = interleaved_seconds(
+            {"route": route, "forward": lambda: model(pixel_values, capacity=capacity)}, rounds=rounds
+        )
+    return statistics.median(seconds["route"]) / statistics.median(seconds["forward"])
+
+
+def capacity_for_latency(
+    model: MoNEPreTrainedModel, milliseconds: float, example: torch.Tensor, *, points: int = 8, rounds: int = 10
+) -> float:
+    """The largest effective capacity at which `model` takes at most so long on this machine, by measurement.
+
+    Times the forward pass at `points` capacities, in turn, and interpolates between the medians.
+
+    Args:
+        model: in the mode, on the device and in the dtype it is to be used; it is called as it is.
+        milliseconds: the budget for one call. One at or above the dense model's time gives 1.0.
+        example: `pixel_values` of such a call.
+        points: capacities to time, from the smallest to 1.0; at least 2.
+        rounds: timed calls at each.
+
+    Raises:
+        ValueError: if the smallest capacity takes longer; gives the least budget that works.
+    """
+    if points < 2:
+        raise ValueError(f"points={points} must be at least 2.")
+    capacities = np.linspace(relative_widths(model.config.num_experts)[0], 1.0, points).tolist()
+    with torch.no_grad():
+        seconds = interleaved_seconds(
+            {str(c): lambda c=c: model(example, capacity=c) for c in capacities}, rounds=rounds
+        )
+    # More capacity does not take less time: where it seems to, that is noise.
+    curve = np.maximum.accumulate([1e3 * statistics.median(times) for times in seconds.values()])
+    if not milliseconds >= curve[0]:
+        raise ValueError(
+            f"A budget of {milliseconds} ms cannot be met: capacity {capacities[0]:g} already takes {curve[0]:.3g} ms "
+            "for this input. A smaller batch or image takes less."
+        )
+    if milliseconds >= curve[-1]:
+        return 1.0
+    above = int(np.searchsorted(curve, milliseconds, side="right"))
+    share = (milliseconds - curve[above - 1]) / (curve[above] - curve[above - 1])
+    return capacities[above - 1] + float(share) * (capacities[above] - capacities[above - 1])
+
+
+def environment() -> dict[str, str | int]:
+    """The machine, its threads and the versions that a measurement belongs to."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        name = torch.cuda.get_device_name() if device.type == "cuda" else str(device)
+    return {
+        "machine": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _router_macs(config: MoNEConfig) -> int:
+    grid = patch_grid(config, as_pair(config.image_size))
+    time = config.num_frames // config.tubelet_size[0] if isinstance(config, MoNEViViTConfig) else 1
+    routers = 0 if config.router_type == "random" else len(config.router_layers)
+    return time * routers * grid[0] * grid[1] * config.hidden_size * config.num_experts
 
 
 def _wait_for_device() -> None:

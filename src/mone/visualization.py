@@ -342,6 +342,45 @@ def plot_accuracy_against_compute(rows: Sequence[dict], path: str | os.PathLike 
     return _saved(figure, path)
 
 
+def plot_speed(rows: Sequence[dict], path: str | os.PathLike | None = None) -> "Figure":
+    """Time of a call against multiply-accumulates, with the line that perfect efficiency would follow (paper, Fig. 6).
+
+    Args:
+        rows: as `mone.benchmark.measure` gives them, with a "name" each.
+        path: also write the figure there, 150 dots per inch; the extension gives the format.
+
+    Raises:
+        ValueError: no rows.
+        ImportError: without matplotlib.
+    """
+    panels = {}
+    for row in rows:
+        panels.setdefault((row["name"], row["batch_size"]), []).append(row)
+    if not panels:
+        raise ValueError("No measurement to plot: `rows` is empty.")
+    figure = _figure(3.6 * len(panels), 3.4)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, ((name, batch_size), measured) in zip(axes, panels.items(), strict=True):
+        dense = next(row for row in measured if row["model"] == "dense" and row["mode"] == "eager")
+        ax.plot([0, dense["gmacs"]], [0, dense["milliseconds"]], "--", color="grey", linewidth=1, label="efficiency 1")
+        ax.plot(dense["gmacs"], dense["milliseconds"], "*", color="grey", markersize=12, label="dense")
+        for number, mode in enumerate(dict.fromkeys(row["mode"] for row in measured)):
+            points = sorted(
+                (row["gmacs"], row["milliseconds"])
+                for row in measured
+                if row["model"] == "mone" and row["mode"] == mode
+            )
+            ax.plot(*zip(*points, strict=True), marker="o", markersize=5, color=f"C{number}", label=f"MoNE {mode}")
+        ax.set(xlabel="Compute (GMACs per input)", ylabel="Time of a call (ms)", title=f"{name}, batch {batch_size}")
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=FONT_SIZE)
+    return _saved(figure, path)
+
+
 # --- pieces of the above ---------------------------------------------------------------------------------------------
 
 

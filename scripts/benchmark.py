@@ -1,0 +1,107 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""What capacity saves on the clock: MoNE against transformers' dense layers, in one process and in turn.
+
+    MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 \\
+        python scripts/benchmark.py --models vit_base vit_small --batch_sizes 1 8 --capacities 0.3 0.4 1.0 \\
+        --modes eager prepared compiled --output_dir outputs/benchmark
+
+prints a table and writes results.json and speed.png (in the manner of the paper's Fig. 6). Efficiency is the speed-up
+divided by the reduction in multiply-accumulates. The two variables keep glibc from giving large tensors back to the
+system at every call, which would time page faults.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from mone import MoNEConfig, MoNEViViTConfig
+from mone.benchmark import MODES, environment, measure, routing_share
+from mone.visualization import plot_speed
+
+
+MODELS = {
+    "vit_tiny": MoNEConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000),
+    "vit_small": MoNEConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000),
+    "vit_base": MoNEConfig(num_labels=1000),
+    "vivit_base": MoNEViViTConfig(num_labels=174),
+}
+COLUMNS = ("model", "mode", "capacity", "batch", "GMACs", "ms", "spread", "per second", "less", "faster", "efficiency")
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit_base"], help="default: %(default)s")
+    parser.add_argument("--capacities", nargs="+", type=float, default=[0.3, 0.4, 1.0], help="default: %(default)s")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8], help="default: %(default)s")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="default: %(default)s")
+    parser.add_argument("--train", action="store_true", help="time forward and backward")
+    parser.add_argument("--image_size", type=int, help="in pixels; default: 224")
+    parser.add_argument("--num_layers", type=int, help="fewer layers, for a quick look; default: the model's")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls of each variant; default: %(default)s")
+    parser.add_argument("--output_dir", type=Path, help="for results.json and speed.png; default: print only")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 64  # a graph for each capacity and batch size
+
+    facts = environment()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    print(" | ".join(COLUMNS))
+    results = []
+    for name in args.models:
+        config = MODELS[name]
+        changes = {"image_size": args.image_size, "num_hidden_layers": args.num_layers}
+        config = type(config)(**{**config.to_dict(), **{k: v for k, v in changes.items() if v is not None}})
+        for batch_size in args.batch_sizes:
+            rows = measure(
+                config,
+                args.capacities,
+                batch_size,
+                modes=args.modes,
+                train=args.train,
+                device=args.device,
+                dtype=getattr(torch, args.dtype),
+                rounds=args.rounds,
+            )
+            for row in rows:
+                row["name"] = name
+                print(line_of(row), flush=True)
+            results += rows
+            if not args.train and not isinstance(config, MoNEViViTConfig) and args.device == "cpu":
+                share = routing_share(config, args.capacities[0], batch_size, rounds=args.rounds)
+                print(f"    routing takes {share:.2%} of a forward at capacity {args.capacities[0]:g}", flush=True)
+                results.append({"name": name, "batch_size": batch_size, "routing_share": share})
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "results.json").write_text(json.dumps({**facts, "rows": results}, indent=2) + "\n")
+        plot_speed([row for row in results if "model" in row], args.output_dir / "speed.png")
+    return results
+
+
+def line_of(row: dict) -> str:
+    efficiency = f"{row['efficiency']:.2f}"
+    if "efficiency_compiled" in row:
+        efficiency += f" ({row['efficiency_compiled']:.2f} against compiled dense)"
+    cells = (
+        f"{row['name']} {row['model']}",
+        row["mode"],
+        "" if row["capacity"] is None else f"{row['capacity']:g}",
+        str(row["batch_size"]),
+        f"{row['gmacs']:.2f}",
+        f"{row['milliseconds']:.1f}",
+        f"{row['spread']:.1%}",
+        f"{row['per_second']:.1f}",
+        f"{row['reduction']:.2f}x",
+        f"{row['speedup']:.2f}x",
+        efficiency,
+    )
+    return " | ".join(cells)
+
+
+if __name__ == "__main__":
+    main()
