@@ -1,8 +1,49 @@
-"""Interleaved timing: the order of the calls and what is kept, never how long they took."""
+"""Timing: the order of the calls, what is compared with what, and what is made of it; never how long it took."""
 
+import statistics
+import sys
 import time
+from pathlib import Path
 
-from mone.benchmark import interleaved_seconds
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+import mone.benchmark as benchmark
+from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig, count_macs
+from mone.benchmark import (
+    DenseModel,
+    capacity_for_latency,
+    environment,
+    example_input,
+    interleaved_seconds,
+    measure,
+    routing_share,
+)
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import benchmark as script
+
+
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "num_labels": 5,
+    "layer_norm_eps": 1e-6,
+}
+
+
+def image_config() -> MoNEConfig:
+    return MoNEConfig(**IMAGE, patch_size=4)
+
+
+def video_config() -> MoNEViViTConfig:
+    return MoNEViViTConfig(**IMAGE, tubelet_size=(2, 4, 4), num_frames=4, num_temporal_layers=1)
 
 
 def test_variants_run_in_turn_and_warmup_is_dropped():
@@ -15,3 +56,123 @@ def test_variants_run_in_turn_and_warmup_is_dropped():
 def test_times_are_of_the_calls():
     seconds = interleaved_seconds({"slow": lambda: time.sleep(0.05)}, rounds=2, warmup=0)
     assert min(seconds["slow"]) >= 0.05
+
+
+def test_the_dense_model_is_transformers_vit():
+    """Its layers in its order: with a ViT's weights it gives what that ViT's tokens give."""
+    config = image_config()
+    dense = DenseModel(config).eval()
+    vit = ViTForImageClassification(ViTConfig(**IMAGE, patch_size=4, attn_implementation="sdpa")).eval()
+    assert type(dense.layers[0]) is type(vit.vit.layers[0])
+    assert dense.layers[0].attention.config._attn_implementation == "sdpa"
+    dense.layers.load_state_dict(vit.vit.layers.state_dict())
+    hidden = torch.randn(2, 16, 32)
+    expected, have = hidden, hidden
+    for ours, theirs in zip(dense.layers, vit.vit.layers, strict=True):
+        have, expected = ours(have), theirs(expected)
+    assert torch.equal(have, expected)
+    assert dense(example_input(config, 2)).shape == (2, 5)
+    assert DenseModel(video_config())(example_input(video_config(), 2)).shape == (2, 5)
+
+
+def fake_clock(monkeypatch, seconds_of):
+    """Every variant "takes" what `seconds_of(name)` says; it is still called, once."""
+
+    def fake(variants, *, rounds=10, warmup=2):
+        for call in variants.values():
+            call()
+        return {name: [seconds_of(name)] * rounds for name in variants}
+
+    monkeypatch.setattr(benchmark, "interleaved_seconds", fake)
+
+
+@pytest.mark.parametrize("config", [image_config(), video_config()], ids=["image", "video"])
+def test_efficiency_is_speedup_over_reduction(monkeypatch, config):
+    fake_clock(monkeypatch, lambda name: {"dense": 1.0, "mone": 0.5}[name[0]])
+    rows = measure(config, [0.4, 1.0], 2, modes=("eager", "prepared"))
+    assert [(row["model"], row["mode"], row["capacity"]) for row in rows] == [
+        ("dense", "eager", None),
+        *(("mone", mode, capacity) for mode in ("eager", "prepared") for capacity in (0.4, 1.0)),
+    ]
+    assert rows[0]["efficiency"] == rows[0]["reduction"] == 1
+    for row in rows[1:]:
+        assert row["gmacs"] == count_macs(config, row["capacity"]) / 1e9
+        assert row["reduction"] == pytest.approx(rows[0]["gmacs"] / row["gmacs"])
+        assert row["speedup"] == 2 and row["efficiency"] == pytest.approx(2 / row["reduction"])
+        assert (row["per_second"], row["milliseconds"], row["spread"]) == (4, 500, 0)
+    # At 1.0 only the routers come on top of the dense model.
+    time = 2 if config.model_type == "mone_vivit" else 1
+    assert (rows[2]["gmacs"] - rows[0]["gmacs"]) * 1e9 == pytest.approx(time * 16 * 32 * 4)
+
+
+def test_training_steps_run_backward(monkeypatch):
+    fake_clock(monkeypatch, lambda name: 1.0)
+    stepped = []
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: stepped.append(loss.requires_grad))
+    measure(image_config(), [0.4], 2, train=True)
+    assert stepped == [True, True]
+
+
+@pytest.mark.parametrize("options", [{"modes": ("fast",)}, {"modes": ("compiled",), "train": True}])
+def test_modes_that_do_not_exist(options):
+    with pytest.raises(ValueError, match="modes="):
+        measure(image_config(), [0.4], 1, **options)
+
+
+def test_the_routing_share_is_of_the_forward(monkeypatch):
+    fake_clock(monkeypatch, lambda name: {"route": 0.01, "forward": 2.0}[name])
+    assert routing_share(image_config(), 0.4, 2) == 0.005
+
+
+def latency_model() -> MoNEForImageClassification:
+    return MoNEForImageClassification(image_config()).eval()
+
+
+@pytest.mark.parametrize(("milliseconds", "capacity"), [(125, 0.125), (300, 0.3), (617, 0.617), (1000, 1.0), (5e3, 1)])
+def test_capacity_for_latency_on_a_known_curve(monkeypatch, milliseconds, capacity):
+    fake_clock(monkeypatch, float)  # a call at capacity c takes c seconds
+    got = capacity_for_latency(latency_model(), milliseconds, example_input(image_config(), 1))
+    assert got == pytest.approx(capacity)
+
+
+def test_capacity_for_latency_passes_over_noise(monkeypatch):
+    """The second point came out slower than the third: a budget between the two must not choose the third."""
+    times = iter([0.1, 0.5, 0.3, 1.0])
+    measured = {}
+    fake_clock(monkeypatch, lambda name: measured.setdefault(name, next(times)))
+    got = capacity_for_latency(latency_model(), 400, example_input(image_config(), 1), points=4)
+    assert 0.125 < got < float(list(measured)[1])
+
+
+def test_a_latency_that_cannot_be_met_names_the_least(monkeypatch):
+    fake_clock(monkeypatch, float)
+    model, example = latency_model(), example_input(image_config(), 1)
+    for budget in (100, 0, -1, float("nan")):
+        with pytest.raises(ValueError, match=r"cannot be met: capacity 0\.125 already takes 125 ms"):
+            capacity_for_latency(model, budget, example)
+    with pytest.raises(ValueError, match="points=1"):
+        capacity_for_latency(model, 500, example, points=1)
+
+
+def test_capacity_for_latency_by_the_clock():
+    model, example = latency_model(), example_input(image_config(), 1)
+    with torch.no_grad():
+        dense = statistics.median(interleaved_seconds({"": lambda: model(example)}, rounds=5)[""])
+    assert capacity_for_latency(model, 1e5 * dense, example, points=2, rounds=2) == 1.0
+
+
+def test_the_environment_is_named():
+    facts = environment()
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert facts["machine"]
+
+
+def test_the_script_prints_and_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(script.MODELS, "vit_tiny", image_config())
+    monkeypatch.setattr(script.torch._dynamo.config, "recompile_limit", 8)
+    options = ["--modes", "eager", "prepared", "--rounds", "2", "--capacities", "0.4", "1", "--batch_sizes", "1", "2"]
+    rows = script.main(["--models", "vit_tiny", *options, "--image_size", "16", "--output_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count("vit_tiny mone | prepared") == 4 and printed.count("routing takes") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "speed.png"}
+    assert len([row for row in rows if row.get("model") == "mone"]) == 8

@@ -1060,3 +1060,49 @@ def test_attention_backends_get_what_they_expect():
     assert calls[0] == (shape, shape, shape, None, 0.0, False, {})
     model.train()(make_images(), capacity=0.4)
     assert calls[-1][4] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimized_for_inference_it_stays_the_same_model(dtype, tmp_path):
+    """Outputs at all capacities, after saving and loading, and it still trains."""
+    model = make_model().to(dtype)
+    images = make_images(batch=3).to(dtype)
+    with torch.no_grad():
+        expected = [model(images, capacity=capacity).logits for capacity in (*CAPACITIES, *ONE_HOTS)]
+    assert model.train().optimize_for_inference() is model and not model.training
+    assert model.mone.layers[0].mlp.fc1.weight.stride(0) == 1
+    tolerance = {"atol": 1e-5 if dtype == torch.float32 else 0.1, "rtol": 0}
+    with torch.no_grad():
+        for capacity, logits in zip((*CAPACITIES, *ONE_HOTS), expected, strict=True):
+            torch.testing.assert_close(model(images, capacity=capacity).logits, logits, **tolerance)
+    model.save_pretrained(tmp_path)
+    loaded = MoNEForImageClassification.from_pretrained(tmp_path, dtype=dtype)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+    loaded.train()(images, labels=torch.tensor([0, 1, 2]), capacity=0.4).loss.backward()
+    model.train()(images, labels=torch.tensor([0, 1, 2]), capacity=0.4).loss.backward()
+    for (name, have), want in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(have.grad, want.grad, **tolerance, msg=name)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert model.mone.layers[0].mlp.fc1.weight.stride(0) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+def test_with_and_without_gradients_the_same(batch):
+    """They take different ways through the MLP; 40 images have too many rows to share all products."""
+    model, images = make_model(pooling="cls"), make_images(batch=batch)
+    for capacity in (*CAPACITIES, *ONE_HOTS):
+        with torch.no_grad():
+            without = model(images, capacity=capacity).logits
+        torch.testing.assert_close(model(images, capacity=capacity).logits, without, atol=1e-5, rtol=0)
+
+
+def test_inference_leaves_recorded_states_alone():
+    """Updates are added in place, but never to a tensor that a user gets to see."""
+    model, images = make_model(), make_images()
+    with torch.no_grad():
+        states = model(images, capacity=0.4, output_hidden_states=True).hidden_states
+    expected = model(images, capacity=0.4, output_hidden_states=True).hidden_states
+    for have, want in zip(states, expected, strict=True):
+        torch.testing.assert_close(have, want.detach(), atol=1e-5, rtol=0)

@@ -171,6 +171,7 @@ def measure(
     variants, models, dense = {}, {}, new("dense")
     variants["dense", "eager", None] = lambda: run(dense)
     if "compiled" in modes:
+        torch._dynamo.reset()  # graphs of earlier models count towards its limit, behind which nothing is compiled
         compiled_dense = new("dense")
         for layer in (*compiled_dense.layers, *compiled_dense.temporal):
             layer.compile(dynamic=False)

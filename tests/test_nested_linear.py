@@ -1,0 +1,103 @@
+"""Nested projections against a loop over tokens, forward and gradients, and how rows are shared."""
+
+import pytest
+import torch
+
+from mone.nested_linear import SHARED_ROWS, NestedIn, NestedOut, blocks, groups, lay_out_for_inference
+
+
+D, OTHER = 16, 12
+ALL = ((0, 2, 16), (2, 5, 8), (5, 6, 4), (6, 10, 2))
+SLICES = [ALL, ((0, 10, 16),), ((0, 10, 4),), ((0, 3, 8), (3, 10, 2)), ((0, 1, 16), (1, 10, 2))]
+
+
+def naive_in(x, weight, bias, slices):
+    rows = []
+    for start, stop, d in slices:
+        for n in range(start, stop):
+            rows.append(x[n, :, :d] @ weight[:, :d].T + (0 if bias is None else bias))
+    return torch.stack(rows)
+
+
+def naive_out(x, weight, bias, slices):
+    rows = []
+    for start, stop, d in slices:
+        for n in range(start, stop):
+            update = x[n] @ weight[:d].T + bias[:d]
+            rows.append(torch.nn.functional.pad(update, (0, slices[0][2] - d)))
+    return torch.stack(rows)
+
+
+@pytest.fixture(params=["apart", "together"])
+def sharing(request, monkeypatch):
+    """Every expert for itself, or all in shared products, whatever the number of rows."""
+    blocks.cache_clear()
+    monkeypatch.setattr("mone.nested_linear.SHARED_ROWS", 0 if request.param == "apart" else 10**6)
+    yield request.param
+    blocks.cache_clear()
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slices", SLICES, ids=str)
+@pytest.mark.parametrize("kind", ["in", "out"])
+def test_products_and_gradients_equal_a_loop_over_tokens(kind, slices, batch, bias, laid_out, sharing):
+    if kind == "out" and not bias:
+        pytest.skip("out-projections have a bias")
+    torch.manual_seed(0)
+    layer = (NestedIn(D, OTHER, bias=bias) if kind == "in" else NestedOut(OTHER, D)).double()
+    if laid_out:
+        lay_out_for_inference(layer)
+    x = torch.randn(10, batch, D if kind == "in" else OTHER, dtype=torch.float64, requires_grad=True)
+    naive = naive_in if kind == "in" else naive_out
+    expected = naive(x, layer.weight, layer.bias, slices)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, slices), expected)
+    y = layer(x, slices)
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn_like(expected)
+    inputs = [x, layer.weight] + ([layer.bias] if bias else [])
+    wanted = torch.autograd.grad(expected, inputs, direction)
+    for have, want in zip(torch.autograd.grad(y, inputs, direction), wanted, strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_frozen_operands_get_no_gradient(sharing):
+    for layer, width in ((NestedIn(D, OTHER), D), (NestedOut(OTHER, D), OTHER)):
+        x = torch.randn(10, 2, width, requires_grad=True)
+        layer.weight.requires_grad_(False)
+        layer(x, ALL).sum().backward()
+        assert x.grad is not None and layer.bias.grad is not None and layer.weight.grad is None
+        layer.weight.requires_grad_(True)
+        layer(x.detach(), ALL).sum().backward()
+        assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_blocks_cover_every_feature_of_every_token_once(batch, sharing):
+    covered = torch.zeros(10 * batch, D)
+    for start, stop, low, high in blocks(ALL, batch):
+        covered[start:stop, low:high] += 1
+    expected = torch.zeros(10, batch, D)
+    for start, stop, d in ALL:
+        expected[start:stop, :, :d] = 1
+    assert torch.equal(covered, expected.flatten(0, 1))
+    assert len(blocks(ALL, batch)) == 4
+
+
+def test_few_rows_share_products_and_many_do_not():
+    assert groups(ALL, 1) == [ALL]
+    assert groups(ALL, SHARED_ROWS) == [(expert,) for expert in ALL]
+    assert groups(ALL, SHARED_ROWS // 5) == [ALL[:2], ALL[2:]]
+
+
+def test_the_layout_changes_memory_alone():
+    layer = NestedIn(D, OTHER)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    lay_out_for_inference(layer)
+    assert layer.weight.stride() == (1, OTHER) and isinstance(layer.weight, torch.nn.Parameter)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    lay_out_for_inference(layer)
+    assert layer.weight.stride() == (1, OTHER), "twice is once"
