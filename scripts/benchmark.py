@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = 64  # a graph for each capacity and batch size
 
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)

@@ -113,6 +113,20 @@ def test_training_steps_run_backward(monkeypatch):
     assert stepped == [True, True]
 
 
+def test_compiled_layers_give_the_same_rows(monkeypatch):
+    fake_clock(monkeypatch, lambda name: {"eager": 1.0, "compiled": 0.8}[name[1]] / (1 + (name[0] == "mone")))
+    limit = torch._dynamo.config.recompile_limit
+    rows = measure(image_config(), [0.4], 2, modes=("compiled",))
+    assert [(row["model"], row["mode"]) for row in rows] == [
+        ("dense", "eager"),
+        ("dense", "compiled"),
+        ("mone", "compiled"),
+    ]
+    assert rows[2]["speedup"] == pytest.approx(2.5)
+    assert rows[2]["efficiency_compiled"] == pytest.approx(2 / rows[2]["reduction"])
+    assert torch._dynamo.config.recompile_limit == limit, "settings are put back"
+
+
 @pytest.mark.parametrize("options", [{"modes": ("fast",)}, {"modes": ("compiled",), "train": True}])
 def test_modes_that_do_not_exist(options):
     with pytest.raises(ValueError, match="modes="):
@@ -169,7 +183,6 @@ def test_the_environment_is_named():
 
 def test_the_script_prints_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(script.MODELS, "vit_tiny", image_config())
-    monkeypatch.setattr(script.torch._dynamo.config, "recompile_limit", 8)
     options = ["--modes", "eager", "prepared", "--rounds", "2", "--capacities", "0.4", "1", "--batch_sizes", "1", "2"]
     rows = script.main(["--models", "vit_tiny", *options, "--image_size", "16", "--output_dir", str(tmp_path)])
     printed = capsys.readouterr().out

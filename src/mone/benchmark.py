@@ -187,8 +187,13 @@ def measure(
         for capacity in capacities:
             variants["mone", mode, capacity] = lambda m=models[mode], c=capacity: run(m, capacity=c)
 
-    # Frozen, weights are constants that inductor packs for its matrix products; read when a layer is first called.
-    with torch.set_grad_enabled(train), torch._inductor.config.patch(freezing=True):
+    with (
+        torch.set_grad_enabled(train),
+        # Frozen, weights are constants that inductor packs for its matrix products.
+        torch._inductor.config.patch(freezing=True),
+        # A graph for each layer and capacity.
+        torch._dynamo.config.patch(recompile_limit=2 * config.num_hidden_layers * (len(capacities) + 1)),
+    ):
         seconds = interleaved_seconds(variants, rounds=rounds)
     # The routers are not the dense model's.
     dense_gmacs = (count_macs(config, 1.0) - _router_macs(config)) / 1e9
