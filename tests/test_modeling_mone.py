@@ -1106,3 +1106,14 @@ def test_inference_leaves_recorded_states_alone():
     expected = model(images, capacity=0.4, output_hidden_states=True).hidden_states
     for have, want in zip(states, expected, strict=True):
         torch.testing.assert_close(have, want.detach(), atol=1e-5, rtol=0)
+
+
+def test_inference_leaves_what_a_hook_sees_alone():
+    model, images, seen = make_model(), make_images(), []
+    hook = model.mone.layers[0].mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        hooked = model(images, capacity=0.4).logits
+    hook.remove()
+    assert seen[0].min() < -0.2, "below what GELU gives"
+    with torch.no_grad():
+        assert torch.equal(model(images, capacity=0.4).logits, hooked)

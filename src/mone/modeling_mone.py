@@ -151,8 +151,10 @@ class MoNEMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
         """(N, B, D) -> update (N, B, d of the largest expert among the slices)."""
         hidden_states = self.fc1(hidden_states, slices)
-        if isinstance(self.activation_fn, GELUActivation) and not (torch.is_grad_enabled() or is_traced()):
-            torch.ops.aten.gelu_(hidden_states)  # in place, in the cache; there is no public name
+        # Unless a hook may have kept them for a user to see.
+        in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
+        if in_place and isinstance(self.activation_fn, GELUActivation):
+            torch.ops.aten.gelu_(hidden_states)  # in the cache; there is no public name
         else:
             hidden_states = self.activation_fn(hidden_states)
         return self.fc2(hidden_states, slices)
