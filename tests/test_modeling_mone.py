@@ -1117,3 +1117,17 @@ def test_inference_leaves_what_a_hook_sees_alone():
     assert seen[0].min() < -0.2, "below what GELU gives"
     with torch.no_grad():
         assert torch.equal(model(images, capacity=0.4).logits, hooked)
+
+
+def test_one_exported_graph_serves_every_batch_size():
+    """Without gradients, and on both sides of the number of rows up to which experts share products."""
+    model = make_model(image_size=32, patch_size=2)  # 256 tokens
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {"pixel_values": {0: batch}, "capacity": None}
+    with torch.no_grad():
+        exported = torch.export.export(model, (make_images(3, (32, 32)),), {"capacity": 0.4}, dynamic_shapes=shapes)
+        for size in (1, 2, 9):
+            images = make_images(size, (32, 32))
+            expected = model(images, capacity=0.4).logits
+            have = exported.module()(images, capacity=0.4).logits
+            torch.testing.assert_close(have, expected, atol=1e-5, rtol=0)

@@ -92,6 +92,8 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 def groups(slices: tuple[Slice, ...], batch: int) -> list[tuple[Slice, ...]]:
     """Consecutive slices that share products: as many as have `SHARED_ROWS` rows together, at least one."""
+    if is_traced():  # a graph for one batch size may serve all
+        return [(expert,) for expert in slices]
     found = [[slices[0]]]
     for expert in slices[1:]:
         if (expert[1] - found[-1][0][0]) * batch <= SHARED_ROWS:

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
-from .sources import load_labelled_datasets
+from .sources import load_labelled_datasets, read_parquet
 
 
 def load_image_datasets(*, image_column: str | None = None, cache_dir: str | None = None, **source) -> DatasetDict:
@@ -33,7 +33,7 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
         "image",
         Image(mode="RGB"),
         functools.partial(_read_folder, cache_dir=cache_dir),
-        functools.partial(_read_parquet, cache_dir=cache_dir),
+        functools.partial(read_parquet, cache_dir=cache_dir),
         column=image_column,
         cache_dir=cache_dir,
         **source,
@@ -47,10 +47,6 @@ def _read_folder(path: str, cache_dir: str | None) -> Dataset:
     # A folder with a single class keeps its labels, and its name is no pattern.
     files = f"{glob.escape(str(root))}/*/**"
     return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False, cache_dir=cache_dir)
-
-
-def _read_parquet(path: str, cache_dir: str | None) -> Dataset:
-    return load_dataset("parquet", data_files=glob.escape(path), split="train", cache_dir=cache_dir)
 
 
 def make_image_transforms(

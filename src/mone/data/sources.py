@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Labelled data sets from the Hub, from folders or from files: what images and videos have in common."""
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def load_labelled_datasets(
         held_out = splits["train"].train_test_split(validation_split, seed=seed)
         splits = DatasetDict({"train": held_out["train"], "validation": held_out["test"]})
     return _with_class_labels(splits, label_names)
+
+
+def read_parquet(path: str, cache_dir: str | None) -> Dataset:
+    # A file's name is no pattern.
+    return load_dataset("parquet", data_files=glob.escape(path), split="train", cache_dir=cache_dir)
 
 
 def _with_columns(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Video, load_dataset
+from datasets import Dataset, DatasetDict, Video
 from torchvision.transforms import v2
 from transformers.image_utils import SizeDict
 
 from ..video_decoding import VideoReader, dense_indices, uniform_indices
 from ..video_processing_mone import MoNEViViTVideoProcessor
-from .sources import load_labelled_datasets
+from .sources import load_labelled_datasets, read_parquet
 from .video_lists import read_video_list
 
 
@@ -69,7 +69,7 @@ def _read_folder(path: str) -> Dataset:
 
 def _read_file(path: str, video_dir: str | None, cache_dir: str | None) -> Dataset:
     if path.endswith(".parquet"):
-        return load_dataset("parquet", data_files=path, split="train", cache_dir=cache_dir)
+        return read_parquet(path, cache_dir)
     root = Path(video_dir or Path(path).parent)
     if not root.is_dir():
         raise FileNotFoundError(f"--video_dir={str(root)!r} is no folder.")
