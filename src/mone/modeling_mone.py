@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
 from .configuration_mone import MoNEConfig, as_pair
 from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, lay_out_for_inference
+from .packed_linear import Packable, PackedLinear
 from .routing import Router
 
 
@@ -96,7 +97,7 @@ class MoNEImageClassifierOutput(ModelOutput):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-class MoNEAttention(nn.Module):
+class MoNEAttention(Packable):
     """Self-attention over all tokens at full width D, whichever expert projects a token in and out."""
 
     def __init__(self, config: MoNEConfig):
@@ -115,12 +116,26 @@ class MoNEAttention(nn.Module):
         self.o_proj = NestedOut(width, width)
 
     def forward(
-        self, hidden_states: torch.Tensor, slices: tuple[Slice, ...], **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        slices: tuple[Slice, ...],
+        residual: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only)."""
+        """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only).
+
+        With a `residual` (N, B, D), which needs that no gradients are taken, the sum of both instead of the update.
+        """
+        packs = None if residual is None else self.usable_packs(hidden_states)
+        if packs is None:
+            projected = [proj(hidden_states, slices) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        else:
+            projected = torch.empty(*hidden_states.shape[:2], 3 * hidden_states.shape[2], dtype=hidden_states.dtype)
+            for start, stop, d in slices:
+                projected[start:stop] = packs[0](hidden_states[start:stop], d)
+            projected = projected.chunk(3, dim=-1)
         query, key, value = (
-            proj(hidden_states, slices).unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected
         )  # (B, H, N, D / H) each
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -135,11 +150,20 @@ class MoNEAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        context = context.flatten(2).transpose(0, 1).contiguous()  # (N, B, D)
-        return self.o_proj(context, slices), attn_weights
+        context = context.flatten(2).transpose(0, 1)  # (N, B, D)
+        if packs is None:
+            residuals = () if residual is None else (residual,)
+            return self.o_proj(context.contiguous(), slices, *residuals), attn_weights
+        hidden_states = residual.clone()
+        for start, stop, d in slices:
+            hidden_states[start:stop, :, :d] += packs[1](context[start:stop], d)
+        return hidden_states, attn_weights
+
+    def projections(self):
+        return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
 
 
-class MoNEMLP(nn.Module):
+class MoNEMLP(Packable):
     """MLP whose hidden width is the same for every expert; only its input and output are nested."""
 
     def __init__(self, config: MoNEConfig):
@@ -148,16 +172,30 @@ class MoNEMLP(nn.Module):
         self.fc1 = NestedIn(config.hidden_size, config.intermediate_size)
         self.fc2 = NestedOut(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
-        """(N, B, D) -> update (N, B, d of the largest expert among the slices)."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        slices: tuple[Slice, ...],
+        packs: tuple[PackedLinear, PackedLinear] | None = None,
+    ) -> torch.Tensor:
+        """(N, B, D) -> update (N, B, d of the largest expert among the slices). `packs` serve one expert."""
+        is_gelu = isinstance(self.activation_fn, GELUActivation)
+        if packs is not None:
+            ((_, _, d),) = slices
+            if is_gelu:
+                return packs[1](packs[0](hidden_states, d, "gelu"), d)
+            return packs[1](self.activation_fn(packs[0](hidden_states, d)), d)
         hidden_states = self.fc1(hidden_states, slices)
         # Unless a hook may have kept them for a user to see.
         in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
-        if in_place and isinstance(self.activation_fn, GELUActivation):
+        if in_place and is_gelu:
             torch.ops.aten.gelu_(hidden_states)  # in the cache; there is no public name
         else:
             hidden_states = self.activation_fn(hidden_states)
         return self.fc2(hidden_states, slices)
+
+    def projections(self):
+        return (self.fc1,), (self.fc2,)
 
 
 class MoNELayer(GradientCheckpointingLayer):
@@ -191,20 +229,23 @@ class MoNELayer(GradientCheckpointingLayer):
         feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
         slices: the experts' tokens and widths.
         """
-        x = self.layernorm_before(hidden_states)
-        update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
-        hidden_states = self._residual(hidden_states, update, feature_mask, None)
-
-        x = self.layernorm_after(hidden_states)
-        if feature_mask is not None or torch.is_grad_enabled():
+        if feature_mask is not None or torch.is_grad_enabled() or self.training:
+            x = self.layernorm_before(hidden_states)
+            update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
+            hidden_states = self._residual(hidden_states, update, feature_mask, None)
+            x = self.layernorm_after(hidden_states)
             update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
             return self._residual(hidden_states, update, feature_mask, gate)
-        # Without gradients in place, and some rows after the other: their many hidden features are read again while
+
+        # For inference in place, and some rows after the other: their many hidden features are read again while
         # they are in the cache; compilers, too, find more to fuse.
-        gate = self._drop_path(gate, hidden_states)
-        for group in groups(slices, x.shape[1]):
+        x = self.layernorm_before(hidden_states)
+        hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
+        x = self.layernorm_after(hidden_states)
+        packs = self.mlp.usable_packs(x)
+        for group in groups(slices, x.shape[1]) if packs is None else [(expert,) for expert in slices]:
             start, stop, width = group[0][0], group[-1][1], group[0][2]
-            update = self.dropout(self.mlp(x[start:stop], tuple((i - start, j - start, d) for i, j, d in group)))
+            update = self.mlp(x[start:stop], tuple((i - start, j - start, d) for i, j, d in group), packs)
             target = hidden_states[start:stop, :, :width]
             if gate is None:
                 target.add_(update)
@@ -334,6 +375,11 @@ def nested_encoder(
     )
 
 
+def expert_widths(config: MoNEConfig) -> list[int]:
+    """d of every expert, smallest first."""
+    return [int(config.hidden_size * width) for width in relative_widths(config.num_experts)]
+
+
 def expert_slices(config: MoNEConfig, counts: tuple[int, ...], num_prefix: int) -> tuple[Slice, ...]:
     """Contiguous slices of a sequence sorted by expert, largest first. Experts without tokens have none."""
     slices, start = [], 0
@@ -341,7 +387,7 @@ def expert_slices(config: MoNEConfig, counts: tuple[int, ...], num_prefix: int) 
         # The prefix is at full width, so that it extends the slice of the largest expert.
         stop = start + counts[expert] + (num_prefix if expert == config.num_experts - 1 else 0)
         if stop > start:
-            slices.append((start, stop, int(config.hidden_size * relative_widths(config.num_experts)[expert])))
+            slices.append((start, stop, expert_widths(config)[expert]))
         start = stop
     return tuple(slices)
 
@@ -547,18 +593,24 @@ class MoNEPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
     def optimize_for_inference(self):
-        """Store the experts' weights in the order in which small products read them fastest, and go to eval mode.
+        """Lay the weights out for the matrix products of the experts on a CPU, and go to eval mode.
 
-        For batches of few tokens on a CPU. The outputs stay the same, at every capacity; so do state dict and saved
-        files, and the model can still be trained. Loading or converting a checkpoint undoes it.
+        The outputs stay the same at every capacity and batch size, to rounding, and so do state dict and saved files.
+        Small batches use weights stored input by input; larger ones copies packed for every expert, in float32 only,
+        which take 1.9 times the memory of the layers for four experts. `train()` frees these copies, other weights
+        or another dtype put them out of use: call it again then.
 
         Returns:
             The model itself.
         """
-        for module in self.modules():
+        widths = expert_widths(self.config)
+        for module in self.eval().modules():
             if isinstance(module, (NestedIn, NestedOut)):
                 lay_out_for_inference(module)
-        return self.eval()
+        for module in self.modules():
+            if isinstance(module, Packable):
+                module.pack(widths)
+        return self
 
     def project_alpha_(self) -> None:
         """Put every router's alpha back into [0, 1). Call it after each optimiser step (MoNETrainer does)."""

@@ -51,9 +51,18 @@ class NestedIn(nn.Linear):
 class NestedOut(nn.Linear):
     """Out-projection: the first d features of an expert's tokens are `weight[:d] x[n] + bias[:d]`, the rest 0."""
 
-    def forward(self, x: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
-        """(N, B, I) -> (N, B, d of the largest expert among the slices)."""
+    def forward(
+        self, x: torch.Tensor, slices: tuple[Slice, ...], residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, B, I) -> (N, B, d of the largest expert among the slices).
+
+        With a `residual` (N, B, D), which needs that no gradients are taken, it is added: the result is (N, B, D).
+        """
         width = slices[0][2]
+        if residual is not None:
+            if not is_traced() and not _autocasts(x.device):
+                return add_expanded(residual, x, self.weight.t(), self.bias, slices)
+            return residual + nn.functional.pad(self(x, slices), (0, residual.shape[-1] - width))
         if len(slices) == 1:
             return nn.functional.linear(x, self.weight[:width], self.bias[:width])
         if is_traced():
@@ -81,12 +90,16 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which the meta device does not know
+
+
 def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """What autocast does to the operands of a linear layer, which it does not know these to be."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which the meta device does not know
+    device = tensors[0].device
+    if not _autocasts(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
@@ -150,6 +163,20 @@ def expand(
             torch.addmm(bias[low:high], rows, part, out=out)
     for start, stop, d in slices:
         y[start:stop, :, d:].zero_()
+    return y
+
+
+def add_expanded(
+    residual: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, slices: tuple[Slice, ...]
+) -> torch.Tensor:
+    """`residual + expand(x, ...)`, (N, B, D), without a tensor for what is added."""
+    y = torch.empty_like(residual)
+    for start, stop, d in slices:
+        torch.add(residual[start:stop, :, :d], bias[:d], out=y[start:stop, :, :d])
+        y[start:stop, :, d:] = residual[start:stop, :, d:]
+    inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
+    for start, stop, low, high in blocks(slices, x.shape[1]):
+        outputs[start:stop, low:high].addmm_(inputs[start:stop], matrix[:, low:high])
     return y
 
 
