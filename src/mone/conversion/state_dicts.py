@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import (
@@ -28,7 +28,6 @@ SIGNS = [
     (SiglipVisionConfig, "self_attn.q_proj.weight"),
     (ViTConfig, "embeddings.cls_token"),
 ]
-LAYER = re.compile(r"(?:^|\.)(?:encoder\.)?layers?\.(\d+)\.")
 
 
 def guess_heads(width: int) -> int:
@@ -40,6 +39,12 @@ def guess_heads(width: int) -> int:
     if width % 64:
         raise ValueError(f"A state dict does not say how many heads a width of {width} has: give num_attention_heads.")
     return width // 64
+
+
+def count_layers(state: Iterable[str], prefix: str = "") -> int:
+    """Layers that the keys number, `layers.0. ...` or `blocks.0. ...`, after `prefix` where one is given."""
+    pattern = re.compile(rf"{re.escape(prefix) or '(?:^|.*[.])'}(?:layers?|blocks)\.(\d+)\.")
+    return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=0)
 
 
 def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | None = None) -> PreTrainedConfig:
@@ -70,7 +75,7 @@ def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | N
     side = math.isqrt(positions.shape[-2] - prefix)
     fields = {
         "hidden_size": width,
-        "num_hidden_layers": 1 + max((int(m[1]) for key in state if (m := LAYER.search(key))), default=0),
+        "num_hidden_layers": count_layers(state),
         "num_attention_heads": num_attention_heads or guess_heads(width),
         "num_channels": patches.shape[1],
         "patch_size": patch_size,

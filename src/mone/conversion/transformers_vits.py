@@ -65,6 +65,7 @@ NOT_MAPPED = {
     "fixed resolution are of type 'siglip', and can be converted",
     "siglip2_vision_model": "its images are patched beforehand and differ in shape (NaFlex)",
     "swin": "its attention works in windows, and its width grows",
+    "mone": "it is one",
     "videomae": "its tokens attend to one another across space and time, and MoNE's video model is factorised",
     "vivit": "its tokens attend to one another across space and time (Model 1 of the ViViT paper), and MoNE's video "
     "model is the factorised Model 2",
@@ -96,21 +97,26 @@ LEFT = re.compile(
 )
 
 
-def from_transformers(config: PreTrainedConfig, state: Mapping[str, torch.Tensor], name: str | None = None) -> Tower:
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise ValueError for the config of an architecture that cannot be mapped, and say why."""
+    kind = config.model_type
+    if kind not in FAMILIES and kind != "timm_wrapper":
+        why = NOT_MAPPED.get(kind, "it is not among the plain pre-norm ViTs known here")
+        raise ValueError(f"A {kind!r} model cannot become a MoNE: {why}. Allowed are {sorted(FAMILIES)}, and timm's.")
+    if getattr(config, "use_swiglu_ffn", False):
+        raise ValueError(f"This {kind!r} model cannot become a MoNE: its MLPs are gated (SwiGLU).")
+
+
+def from_transformers(config: PreTrainedConfig, state: Mapping[str, torch.Tensor], name: str) -> Tower:
     """A tower from the config and the state dict of a ViT of transformers.
 
     Raises:
         ValueError: names an architecture that cannot be mapped and says why.
     """
+    check_family(config)
     kind = config.model_type
-    name = name or f"the {kind} model"
-    if kind not in FAMILIES:
-        why = NOT_MAPPED.get(kind, "it is not among the plain pre-norm ViTs known here")
-        raise ValueError(f"A {kind!r} model cannot become a MoNE: {why}. Allowed are {sorted(FAMILIES)}.")
     family = FAMILIES[kind]
     tower = getattr(config, "vision_config", config) if family.vision_config else config
-    if getattr(tower, "use_swiglu_ffn", False):
-        raise ValueError(f"{name} cannot become a MoNE: its MLPs are gated (SwiGLU), and MoNE nests plain ones.")
 
     weights, left = {}, []
     for key, value in state.items():
