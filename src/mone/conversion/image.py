@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedModel
 
-from ..configuration_mone import as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
-from ..video_processing_mone import MoNEViViTVideoProcessor
+from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
-from .sources import fit_image_processor, load_image_processor, load_pretrained, output_size, read_weights
+from .sources import check_source, load_pretrained, read_weights
 from .state_dicts import infer_config
 from .timm_vits import from_timm
 from .tower import LABEL_FIELDS, Tower, build_image_model
@@ -63,7 +62,7 @@ def mone_from_vit(
         ValueError: names an architecture that cannot be mapped, and why; lists keys that are missing, have no
             counterpart or another shape; or if the width is not divisible by 2**(num_experts - 1).
     """
-    name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
+    name = str(source) if isinstance(source, (str, Path)) else f"this {type(source).__name__}"
     if isinstance(source, (str, Path)):
         path, hub = Path(source), {"revision": revision, "token": token, "cache_dir": cache_dir}
         source = read_weights(path) if path.is_file() else load_pretrained(source, **hub).eval()
@@ -101,23 +100,37 @@ def tower_of_state(state: Mapping[str, torch.Tensor], name: str, config: Mapping
     return from_transformers(infer_config(state, heads), state, name)
 
 
-def mone_and_processor(source: str | Path, **options) -> tuple[MoNE, BaseImageProcessor | BaseVideoProcessor]:
-    """[`mone_from_vit`] from a path or a name on the Hub, with the source's image processor, of one image size.
+def load_image_model(source: str | Path, **options) -> MoNE:
+    """An image MoNE from its own checkpoint, or made from any source that [`mone_from_vit`] takes.
+
+    Args:
+        source: a folder, a name on the Hub or a file of weights.
+        options: as in [`mone_from_vit`].
+    """
+    config = check_source(source, **_hub(options))
+    if config is None or config.model_type != "mone":
+        return mone_from_vit(source, **options)
+    # Another number of classes than the checkpoint's gets a new classifier.
+    return MoNEForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **options)
+
+
+def load_image_model_and_processor(
+    source: str | Path, **options
+) -> tuple[MoNE, BaseImageProcessor | BaseVideoProcessor]:
+    """[`load_image_model`] with the source's image processor, both of one image size.
 
     That is `image_size` where it is given, else the processor's: DINOv2's positions are for images of 518 pixels,
-    and its processor makes 224.
+    and its processor makes 224. A ViViT-FE comes with a video processor.
     """
-    hub = {key: options.get(key) for key in ("revision", "token", "cache_dir")}
-    processor = load_image_processor(source, **hub)
+    processor = load_image_processor(source, **_hub(options))
     size = None if processor is None else output_size(processor)
-    if size is not None and "image_size" not in options:
-        options["image_size"] = size
-    model = mone_from_vit(source, **options)
+    if size is not None:
+        options = {"image_size": size, **options}
+    model = load_image_model(source, **options)
     if isinstance(model, MoNEViViTForVideoClassification):
-        height, width = as_pair(model.config.image_size)
-        return model, MoNEViViTVideoProcessor(
-            size={"shortest_edge": round(256 / 224 * max(height, width))},
-            crop_size={"height": height, "width": width},
-            num_frames=model.config.num_frames,
-        )
+        return model, make_video_processor(model.config)
     return model, fit_image_processor(processor, source, model.config)
+
+
+def _hub(options: Mapping) -> dict:
+    return {key: options.get(key) for key in ("revision", "token", "cache_dir")}

@@ -69,7 +69,7 @@ def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | N
         )
     patches = find("patch_embeddings.projection.weight", "patch_embedding.weight")
     positions = find("position_embeddings", "position_embedding.weight")
-    hidden = find("mlp.fc1.bias", "intermediate.dense.bias", "gate_proj.bias", "weights_in.bias").shape[0]
+    hidden = find("mlp.fc1.weight", "intermediate.dense.weight", "gate_proj.weight", "weights_in.weight").shape[0]
     width, patch_size = patches.shape[0], patches.shape[-1]
     prefix = {DeiTConfig: 2, SiglipVisionConfig: 0}.get(config_class, 1)
     side = math.isqrt(positions.shape[-2] - prefix)
@@ -78,6 +78,7 @@ def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | N
         "num_hidden_layers": count_layers(state),
         "num_attention_heads": num_attention_heads or guess_heads(width),
         "num_channels": patches.shape[1],
+        "num_labels": next((v.shape[0] for k, v in state.items() if k.endswith("classifier.weight")), 0),
         "patch_size": patch_size,
         "image_size": side * patch_size,
     }

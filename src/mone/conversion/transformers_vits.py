@@ -54,7 +54,7 @@ FAMILIES = {
     "clip": Family("vision_model.", vision_config=True, **CLIP),
     "clip_vision_model": Family("vision_model.", **CLIP),
     "siglip": Family("vision_model.", head_pooling="mean", vision_config=True),
-    "siglip_vision_model": Family("vision_model."),
+    "siglip_vision_model": Family("vision_model.", head_pooling="mean"),
 }
 
 NOT_MAPPED = {
@@ -66,6 +66,7 @@ NOT_MAPPED = {
     "siglip2_vision_model": "its images are patched beforehand and differ in shape (NaFlex)",
     "swin": "its attention works in windows, and its width grows",
     "mone": "it is one",
+    "mone_vivit": "it is one, for video",
     "videomae": "its tokens attend to one another across space and time, and MoNE's video model is factorised",
     "vivit": "its tokens attend to one another across space and time (Model 1 of the ViViT paper), and MoNE's video "
     "model is the factorised Model 2",

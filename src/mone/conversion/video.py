@@ -4,13 +4,15 @@
 import torch
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
-from ..modeling_mone import MoNEForImageClassification, patch_grid
+from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .tower import LABEL_FIELDS, check_fields
 
 
 @torch.no_grad()
-def mone_vivit_from_mone(image_model: MoNEForImageClassification, **config) -> MoNEViViTForVideoClassification:
+def mone_vivit_from_mone(
+    image_model: MoNEForImageClassification | MoNEModel, **config
+) -> MoNEViViTForVideoClassification:
     """A video model that starts from an image model, as ViViT does (Arnab et al., 2021; Scenic, `projects/vivit`).
 
     The spatial encoder gets the image model's layers, routers, class token and positions, resized where its frames
@@ -36,7 +38,7 @@ def mone_vivit_from_mone(image_model: MoNEForImageClassification, **config) -> M
         attn_implementation=source._attn_implementation,
         dtype=image_model.dtype,
     )
-    video, image = model.mone_vivit, image_model.mone
+    video, image = model.mone_vivit, image_model.base_model
     if video.spatial.num_prefix > image.embeddings.num_prefix:
         raise ValueError("pooling='cls' needs an image model that has a class token; pooling='mean' does not.")
 
