@@ -113,7 +113,12 @@ def write(destination: Path, model: PreTrainedModel, processor) -> None:
         processor.save_pretrained(new)
         if destination.exists():
             destination.rename(old)
-        new.rename(destination)
+        try:
+            new.rename(destination)
+        except BaseException:
+            if old.exists():
+                old.rename(destination)
+            raise
 
 
 if __name__ == "__main__":

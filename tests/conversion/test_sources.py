@@ -144,15 +144,15 @@ def test_a_file_without_a_state_dict(tmp_path):
 
 
 def test_a_missing_key_is_named(folder):
-    change(folder, lambda weights: weights.pop("deit.layers.1.mlp.fc2.bias", weights.pop(fc2(weights), None)))
+    change(folder, lambda weights: weights.pop(fc2(weights)))
     with pytest.raises(
         ValueError, match=r"do not fit DeiTForImageClassification. Missing: \['deit.layers.1.mlp.fc2.b"
     ):
         mone_from_vit(folder)
 
 
-def fc2(weights):
-    return next(key for key in weights if key.endswith("1.output.dense.bias") or key.endswith("1.mlp.fc2.bias"))
+def fc2(weights):  # under its name in files
+    return next(key for key in weights if key.endswith(("1.output.dense.bias", "1.mlp.fc2.bias")))
 
 
 def test_an_extra_key_is_named(folder):
@@ -195,6 +195,9 @@ def test_a_mone_is_loaded_and_not_converted(tmp_path):
     assert load_image_model(tmp_path, num_labels=4).classifier.weight.shape == (4, 32)
     with pytest.raises(ValueError, match="'mone' model cannot become a MoNE: it is one"):
         mone_from_vit(tmp_path)
+    change(tmp_path, lambda weights: weights.pop("mone.layers.0.mlp.fc2.bias"))
+    with pytest.raises(ValueError, match=r"Missing: \['mone\.layers\.0\.mlp\.fc2\.bias'\]"):
+        load_image_model(tmp_path)
 
 
 # --- image processors ----------------------------------------------------------------------------------------------

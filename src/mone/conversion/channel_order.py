@@ -78,13 +78,13 @@ def weight_importance(model: MoNEPreTrainedModel) -> torch.Tensor:
 
 def write_importance(model: MoNEPreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """(D,) share of a channel in the variance of each out-projection's output, summed over these."""
-    shares = []
+    sums = {module: torch.zeros(3, model.config.hidden_size) for module in out_projections(model)}
 
-    def record(module, args, output):
-        variance = output.float().flatten(0, -2).var(dim=0)
-        shares.append(variance / variance.sum())
+    def record(module, args, output):  # of some of the tokens
+        rows = output.double().flatten(0, -2).cpu()
+        sums[module] = sums[module] + torch.stack([torch.ones_like(rows), rows, rows.square()]).sum(dim=1)
 
-    hooks = [module.register_forward_hook(record) for module in out_projections(model)]
+    hooks = [module.register_forward_hook(record) for module in sums]
     training = model.training
     try:
         model.eval()(pixel_values.to(model.device), capacity=1.0)
@@ -92,4 +92,5 @@ def write_importance(model: MoNEPreTrainedModel, pixel_values: torch.Tensor) -> 
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return sum(shares)
+    variances = [squares / count - (total / count).square() for count, total, squares in sums.values()]
+    return sum(variance / variance.sum() for variance in variances)

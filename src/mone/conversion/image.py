@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Any plain pre-norm ViT -> MoNE."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..modeling_mone import MoNEForImageClassification, MoNEModel
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
-from .sources import check_source, load_pretrained, read_weights
+from .sources import check_source, load_all, load_pretrained, read_weights
 from .state_dicts import infer_config
 from .timm_vits import from_timm
 from .tower import LABEL_FIELDS, Tower, build_image_model
@@ -111,7 +112,7 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     if config is None or config.model_type != "mone":
         return mone_from_vit(source, **options)
     # Another number of classes than the checkpoint's gets a new classifier.
-    return MoNEForImageClassification.from_pretrained(source, ignore_mismatched_sizes=True, **options)
+    return load_all(MoNEForImageClassification, source, re.compile(r"^classifier\."), **options)
 
 
 def load_image_model_and_processor(

@@ -2,6 +2,7 @@
 """Where a ViT may come from: a folder, the Hub, a file of weights."""
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,28 +68,46 @@ def check_source(source: str | Path, **hub) -> PreTrainedConfig | None:
 
 
 def load_pretrained(source: str | Path, **hub) -> PreTrainedModel:
-    """A ViT of transformers, or one of timm in transformers' wrapper, whose weights are all from the checkpoint.
+    """A ViT of transformers, or one of timm in transformers' wrapper.
 
     Raises:
-        ValueError: names the architecture that cannot be mapped, or the keys that are missing, too many or of another
-            shape; transformers would only warn, and make up the missing ones.
+        ValueError: names the architecture that cannot be mapped, and why; or as [`load_all`].
     """
     config = AutoConfig.from_pretrained(source, **hub)
     check_family(config)  # before the weights are fetched
     model_class = getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
     if config.model_type == "timm_wrapper":
         model_class = AutoModelForImageClassification if config.num_labels else AutoModel
+    return load_all(model_class, source, LEFT, **hub)
+
+
+def load_all(model_class: type, source: str | Path, left: re.Pattern, **options) -> PreTrainedModel:
+    """`model_class.from_pretrained`, whose weights are all the checkpoint's.
+
+    Args:
+        left: finds the keys that may be missing or of another shape, and are new then.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: lists the keys that are missing, too many or of another shape, where transformers would only warn
+            and make up values.
+    """
     try:
         model, info = model_class.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except UNREADABLE as error:
         raise ValueError(f"The weights of {source} cannot be read; they may be cut short: {error}") from error
-    missing = sorted(key for key in info["missing_keys"] if not LEFT.search(key))
-    shapes = [f"{key} {tuple(have)} instead of {tuple(want)}" for key, have, want in sorted(info["mismatched_keys"])]
-    if missing or info["unexpected_keys"] or shapes:
+    missing = sorted(key for key in info["missing_keys"] if not left.search(key))
+    extra = sorted(info["unexpected_keys"])
+    shapes = [
+        f"{key} {tuple(have)} instead of {tuple(want)}"
+        for key, have, want in sorted(info["mismatched_keys"])
+        if not left.search(key)
+    ]
+    if missing or extra or shapes:
         raise ValueError(
             f"The weights of {source} do not fit {type(model).__name__}. Missing: {missing}; without counterpart: "
-            f"{sorted(info['unexpected_keys'])}; of another shape: {shapes}."
+            f"{extra}; of another shape: {shapes}."
         )
     return model

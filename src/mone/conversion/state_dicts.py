@@ -16,7 +16,7 @@ from transformers import (
     ViTConfig,
 )
 
-from .transformers_vits import FAMILIES
+from .transformers_vits import FAMILIES, LEFT
 
 
 # Architectures in the order in which a key that only they have is looked for.
@@ -53,6 +53,7 @@ def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | N
     Raises:
         ValueError: names what is missing to tell.
     """
+    state = {key: value for key, value in state.items() if not LEFT.match(key)}  # a text tower looks much the same
 
     def find(*endings: str) -> torch.Tensor:
         for ending in endings:
@@ -62,7 +63,7 @@ def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | N
         raise ValueError(f"The state dict has no weight named ...{endings[0]}; its first keys are {list(state)[:5]}.")
 
     config_class = next((c for c, sign in SIGNS if any(key.endswith(sign) for key in state)), None)
-    if config_class is None or "transformers" not in config_class.__module__:
+    if config_class is None:
         raise ValueError(
             f"These keys are of no architecture known here ({sorted(FAMILIES)}): {list(state)[:5]}, ... "
             "A folder with a config.json says what it is."

@@ -25,8 +25,8 @@ RENAMES = [
     (r"^(fc_)?norm\.", "layernorm."),
     (r"^head\.", "classifier."),
 ]
-# Pretraining's mask, and attention pooling with the classifier that reads it.
-LEFT = re.compile(r"mask_token$|attn_pool\.")
+# Masks and decoders of pretraining, attention pooling.
+LEFT = re.compile(r"mask_token$|decoder_|attn_pool\.")
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
 
 
@@ -50,7 +50,7 @@ def from_timm(
     has_cls, has_pool = "cls_token" in state, any(key.startswith("attn_pool.") for key in state)
     weights, left = {}, []
     for key, value in state.items():
-        if LEFT.match(key) or (has_pool and key.startswith("head.")):
+        if LEFT.match(key) or (has_pool and key.startswith("head.")):  # which reads the attention pooling
             left.append(key)
             continue
         target = key
