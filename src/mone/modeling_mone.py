@@ -9,7 +9,7 @@ second, (N, B, D): this makes the blocks contiguous for every batch size (`neste
 
 Axis letters:
     B  batch
-    N  patch tokens; the sequence is one longer with a class token, which leads it and takes the full model
+    N  patch tokens; class and register tokens, where there are any, lead the sequence and take the full model
     D  width of the model (hidden_size), d the width of an expert
     E  experts, smallest first
     H  attention heads
@@ -51,9 +51,11 @@ class MoNEModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
-            Tokens after the final layer norm; the class token, where there is one, comes first.
+            Tokens after the final layer norm (with `config.final_norm="tokens"`); class and register tokens, where
+            there are any, come first.
         pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`):
-            Mean of the tokens, or the class token, by `config.pooling`.
+            Mean of the patch tokens, or the class token, by `config.pooling`, which may also put several side by
+            side.
         hidden_states (tuple of `torch.FloatTensor`, with `output_hidden_states=True`):
             The embeddings and the output of each layer, shaped as `last_hidden_state`, before the final norm.
         attentions (tuple of `torch.FloatTensor`, with `output_attentions=True`):
@@ -479,36 +481,54 @@ class MoNEPatchEmbeddings(nn.Module):
 
 
 class PositionedTokens(nn.Module):
-    """Learned positions for a grid of tokens, and a class token before them where `config.pooling` is "cls"."""
+    """Learned positions for a grid of tokens, and before these the class token, if any, and the registers."""
 
     def __init__(self, config: MoNEConfig, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
-        self.num_prefix = 1 if config.pooling == "cls" else 0
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if self.num_prefix else None
-        num_positions = self.num_prefix + grid[0] * grid[1]
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.num_prefix = config.num_prefix_tokens
+        self.antialias = config.position_antialias
+        width, registers = config.hidden_size, config.num_register_tokens
+        self.num_cls = self.num_prefix - registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if self.num_cls else None
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.num_cls + grid[0] * grid[1], width))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def add_positions(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, D) -> (B, num_prefix + N, D). Positions are interpolated for another grid than the model's."""
+        batch = tokens.shape[0]
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return self.dropout(tokens + self.interpolate_positions(grid))
+            tokens = torch.cat([self.cls_token.expand(batch, -1, -1), tokens], dim=1)
+        tokens = tokens + self.interpolate_positions(grid)
+        if self.register_tokens is not None:
+            cls_token, patches = tokens.tensor_split([self.num_cls], dim=1)
+            tokens = torch.cat([cls_token, self.register_tokens.expand(batch, -1, -1), patches], dim=1)
+        return self.norm(self.dropout(tokens))
 
     def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings for a grid of (rows, columns), bicubic as in transformers' ViT."""
+        """(1, num_cls + N, D) positions for a grid of (rows, columns), bicubic as in transformers' ViT."""
         if grid == self.grid:
             return self.position_embeddings
-        prefix, patches = self.position_embeddings.tensor_split([self.num_prefix], dim=1)
-        patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        # float32: bicubic interpolation lacks half-precision kernels on some devices.
-        patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+        return resize_positions(self.position_embeddings, self.grid, grid, self.antialias)
+
+
+def resize_positions(
+    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
+) -> torch.Tensor:
+    """Positions of one grid of (rows, columns) for another; those before the grid's stay as they are."""
+    cls_token, patches = positions.tensor_split([positions.shape[1] - grid[0] * grid[1]], dim=1)
+    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
+    # float32: bicubic interpolation lacks half-precision kernels on some devices.
+    patches = nn.functional.interpolate(
+        patches.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return torch.cat([cls_token, patches.flatten(2).transpose(1, 2).to(cls_token.dtype)], dim=1)
 
 
 class MoNEEmbeddings(PositionedTokens):
-    """Patch and position embeddings, and the class token."""
+    """Patch and position embeddings, class and register tokens."""
 
     def __init__(self, config: MoNEConfig):
         super().__init__(config, patch_grid(config, as_pair(config.image_size)))
@@ -579,8 +599,9 @@ class MoNEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PositionedTokens):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
-            if module.cls_token is not None:
-                init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+            for token in (module.cls_token, module.register_tokens):
+                if token is not None:
+                    init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Router) and module.router_type != "random":
             init.zeros_(module.alpha)
 
@@ -636,7 +657,8 @@ class MoNEModel(MoNEPreTrainedModel):
         self.embeddings = MoNEEmbeddings(config)
         self.routers = make_routers(config)
         self.layers = make_layers(config, config.num_hidden_layers)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        has_norm = config.final_norm != "none"
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -671,10 +693,15 @@ class MoNEModel(MoNEPreTrainedModel):
         with_router_outputs = kwargs.pop("output_router_logits", getattr(self.config, "output_router_logits", False))
         encoded = self._encode(pixel_values, capacity, generator, **kwargs, return_dict=True)
         hidden_states, attentions = restore_recorded(encoded.hidden_states, encoded.attentions, encoded.token_orders)
-        last_hidden_state = self.layernorm(encoded.last_hidden_state)
+        last_hidden_state = encoded.last_hidden_state
+        if self.config.final_norm == "tokens":
+            last_hidden_state = self.layernorm(last_hidden_state)
+        pooled = pool(self.config, last_hidden_state)
+        if self.config.final_norm == "pooled":
+            pooled = self.layernorm(pooled.unflatten(-1, (-1, self.config.hidden_size))).flatten(1)
         return MoNEModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=pool(self.config, last_hidden_state),
+            pooler_output=pooled,
             hidden_states=hidden_states,
             attentions=attentions,
             router_logits=encoded.router_logits if with_router_outputs else None,
@@ -707,8 +734,13 @@ def make_routers(config: MoNEConfig) -> nn.ModuleList:
 
 
 def pool(config: MoNEConfig, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, num_prefix + N, D) -> (B, D), by `config.pooling`."""
-    return tokens[:, 0] if config.pooling == "cls" else tokens.mean(dim=1)
+    """(B, num_prefix + N, D) -> (B, D), by `config.pooling`, or (B, several times D)."""
+    if config.pooling == "cls":
+        return tokens[:, 0]
+    if config.pooling == "cls_registers":
+        return tokens[:, : config.num_prefix_tokens].flatten(1)
+    mean = tokens[:, config.num_prefix_tokens :].mean(dim=1)
+    return mean if config.pooling == "mean" else torch.cat([tokens[:, 0], mean], dim=-1)
 
 
 class ClassifierMixin:
@@ -766,7 +798,7 @@ class MoNEForImageClassification(ClassifierMixin, MoNEPreTrainedModel):
 
 
 def make_classifier(config: MoNEConfig) -> nn.Module:
-    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+    return nn.Linear(config.pooled_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
 
 def classification_loss(
