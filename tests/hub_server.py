@@ -16,7 +16,6 @@ import re
 import socket
 import threading
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -25,6 +24,7 @@ import yaml
 
 # Of the identifiers at https://huggingface.co/docs/hub/repositories-licenses, those that cards here may name.
 LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "other", "unknown"}
+TIME = "2026-01-01T00:00:00.000Z"  # of everything that happens here
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,17 @@ class File:
 
 @dataclass
 class Repo:
-    owner: str
+    name: str
     private: bool
     commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, dict[str, str]] = field(default_factory=lambda: {"branches": {}, "tags": {}})
 
     def __post_init__(self):
+        self.owner = self.name.split("/")[0]
         self.commit("main", {}, "initial commit")
 
     def commit(self, branch: str, files: dict[str, File], title: str) -> str:
-        oid = hashlib.sha1(f"{len(self.commits)} {branch} {title} {self.owner}".encode()).hexdigest()
+        oid = hashlib.sha1(f"{len(self.commits)} {branch} {title} {self.name}".encode()).hexdigest()
         self.commits[oid] = files
         self.refs["branches"][branch] = oid
         return oid
@@ -86,7 +87,7 @@ class Repo:
         return revision if revision in self.commits else None
 
 
-class Answer(Exception):  # noqa: N818 - not an error
+class Answer(Exception):
     """Ends the handling of a request with a response."""
 
     def __init__(self, status: int, body: bytes | dict | list = b"", **headers: str):
@@ -240,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             existed = name in self.server.repos
             if not existed:
-                self.server.repos[name] = Repo(owner, fields.get("visibility") == "private")
+                self.server.repos[name] = Repo(name, fields.get("visibility") == "private")
         body = {"url": f"{self.server.url}/{name}", "name": name, "private": self.server.repos[name].private}
         if existed:
             raise Answer(409, {"error": "You already created this model repo", **body})
@@ -252,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.commits[oid]
         info = {
             **{"id": name, "modelId": name, "author": repo.owner, "sha": oid, "private": repo.private},
-            **{"lastModified": datetime.now(UTC).isoformat(), "gated": False, "disabled": False, "tags": []},
+            **{"lastModified": TIME, "gated": False, "disabled": False, "tags": []},
             "siblings": [{"rfilename": path} for path in sorted(files)],
         }
         if "README.md" in files:
@@ -271,10 +272,7 @@ class Handler(BaseHTTPRequestHandler):
     def commits(self, name, revision):
         repo = self.repo(name)
         self.commit(repo, revision)
-        body = [
-            {"id": oid, "title": "", "message": "", "authors": [], "date": datetime.now(UTC).isoformat()}
-            for oid in reversed(repo.commits)
-        ]
+        body = [{"id": oid, "title": "", "message": "", "authors": [], "date": TIME} for oid in reversed(repo.commits)]
         raise Answer(200, body)
 
     def tree(self, name, revision, folder=""):

@@ -19,15 +19,10 @@ The layers, their names and state-dict keys follow transformers' ViT (`models/vi
 """
 
 import difflib
-import json
-import os
-import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers import PreTrainedModel
@@ -43,6 +38,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
+from .checkpoints import CheckpointMixin
 from .configuration_mone import MoNEConfig, as_pair
 from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, lay_out_for_inference
 from .routing import Router
@@ -509,8 +505,8 @@ def check_pixel_values(
         )
 
 
-class MoNEPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, checkpoint handling and capabilities that the MoNE models share."""
+class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """Weight initialisation and capabilities that the MoNE models share."""
 
     config: MoNEConfig
     config_class = MoNEConfig
@@ -542,90 +538,6 @@ class MoNEPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Router) and module.router_type != "random":
             init.zeros_(module.alpha)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers, except that weights that do not fit are an error and not a warning.
-
-        As there, the classifier is new where the checkpoint is of a model without one, and left out where this model
-        has none. `ignore_mismatched_sizes=True` makes anew whatever has another shape, and also lets classifier and
-        routers be missing or too many, as for other labels or other `router_layers`.
-
-        Raises:
-            RuntimeError: names the weights that are missing, too many or of another shape.
-            OSError: there is no such checkpoint, or a file of it is damaged.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        ignore_mismatched_sizes = kwargs.pop("ignore_mismatched_sizes", False)
-        options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **options)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise OSError(
-                f"The weights of {pretrained_model_name_or_path} cannot be read; a file may be truncated: {error}"
-            ) from error
-        model._check_loading_info(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
-        return (model, info) if with_info else model
-
-    def _check_loading_info(self, source: str, info: dict, ignore_mismatched_sizes: bool) -> None:
-        """Raise RuntimeError if transformers' report of loading `source` has more than `from_pretrained` allows."""
-        checkpoint_of = self.config.architectures or []
-        has_classifier = any(name.startswith("classifier.") for name, _ in self.named_parameters())
-        new_classifier = type(self).__name__ not in checkpoint_of
-
-        def replaceable(key: str) -> bool:
-            return key.startswith("classifier.") or "routers." in key
-
-        missing = {key for key in info["missing_keys"] if not (new_classifier and key.startswith("classifier."))}
-        extra = {key for key in info["unexpected_keys"] if has_classifier or not key.startswith("classifier.")}
-        mismatched = {
-            f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
-        }
-        if ignore_mismatched_sizes:
-            missing, extra = ({key for key in keys if not replaceable(key)} for keys in (missing, extra))
-            mismatched = set()
-        problems = [
-            f"{kind}: {', '.join(sorted(keys)[:8])}{f' and {len(keys) - 8} more' if len(keys) > 8 else ''}"
-            for kind, keys in (("missing", missing), ("not in this model", extra), ("of another shape", mismatched))
-            if keys
-        ]
-        if problems:
-            hint = ""
-            if all(map(replaceable, missing | extra)):
-                hint = " Pass ignore_mismatched_sizes=True to make them anew."
-            raise RuntimeError(
-                f"The checkpoint {source} of {', '.join(checkpoint_of) or 'an unknown model'} does not fit "
-                f"{type(self).__name__}. Weights {'; '.join(problems)}.{hint}"
-            )
-
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it.
-
-        The files are written to a folder inside `save_directory` first and then moved: an interruption, such as a full
-        disk, leaves what was saved before. Weights of an earlier save under other names (shards) are removed. Not so
-        with `push_to_hub=True` or `distributed_checkpoint=True`, which write directly.
-        """
-        # The class that names these files, not a subclass made elsewhere (in a notebook, by FSDP2).
-        owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
-        file = owner.__module__.split(".")[-1]
-        self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
-        if kwargs.get("push_to_hub") or kwargs.get("distributed_checkpoint") or os.path.isfile(save_directory):
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        variant = re.escape(f".{kwargs['variant']}") if kwargs.get("variant") else ""
-        weights = re.compile(
-            rf"model{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{variant}\.json"
-        )
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".saving-") as folder:
-            super().save_pretrained(folder, **kwargs)
-            written = os.listdir(folder)
-            for name in written:
-                os.replace(os.path.join(folder, name), os.path.join(save_directory, name))
-        if any(weights.fullmatch(name) for name in written):
-            for name in os.listdir(save_directory):
-                if weights.fullmatch(name) and name not in written:
-                    os.remove(os.path.join(save_directory, name))
 
     def optimize_for_inference(self):
         """Store the experts' weights in the order in which small products read them fastest, and go to eval mode.
