@@ -38,6 +38,7 @@ from mone import (
 CAPACITIES = [None, 1.0, 0.5, 0.2, (0.1, 0.2, 0.3, 0.4)]
 CODE = {
     "capacity.py",
+    "checkpoints.py",
     "configuration_mone.py",
     "modeling_mone.py",
     "nested_linear.py",

@@ -38,6 +38,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
+from .checkpoints import CheckpointMixin
 from .configuration_mone import MoNEConfig, as_pair
 from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, lay_out_for_inference
 from .packed_linear import Packable, PackedLinear
@@ -570,8 +571,8 @@ def check_pixel_values(
         )
 
 
-class MoNEPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, checkpoint handling and capabilities that the MoNE models share."""
+class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """Weight initialisation and capabilities that the MoNE models share."""
 
     config: MoNEConfig
     config_class = MoNEConfig
@@ -604,14 +605,6 @@ class MoNEPreTrainedModel(PreTrainedModel):
                     init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Router) and module.router_type != "random":
             init.zeros_(module.alpha)
-
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it."""
-        # The class that names these files, not a subclass made elsewhere (in a notebook, by FSDP2).
-        owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
-        file = owner.__module__.split(".")[-1]
-        self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
-        super().save_pretrained(save_directory, **kwargs)
 
     def optimize_for_inference(self):
         """Lay the weights out for the matrix products of the experts on a CPU, and go to eval mode.
