@@ -40,7 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
 from .checkpoints import CheckpointMixin
 from .configuration_mone import MoNEConfig, as_pair
-from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, lay_out_for_inference
+from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, is_untouched, lay_out_for_inference, widen
 from .packed_linear import Packable, PackedLinear
 from .routing import Router
 
@@ -155,8 +155,11 @@ class MoNEAttention(Packable):
         )
         context = context.flatten(2).transpose(0, 1)  # (N, B, D)
         if packs is None:
-            residuals = () if residual is None else (residual,)
-            return self.o_proj(context.contiguous(), slices, *residuals), attn_weights
+            context = context.contiguous()
+            if residual is not None and is_untouched(self.o_proj):
+                return self.o_proj(context, slices, residual), attn_weights
+            update = self.o_proj(context, slices)
+            return update if residual is None else residual + widen(update, residual.shape[-1]), attn_weights
         hidden_states = residual.clone()
         for start, stop, d in slices:
             hidden_states[start:stop, :, :d] += packs[1](context[start:stop], d)
@@ -257,9 +260,7 @@ class MoNELayer(GradientCheckpointingLayer):
         return hidden_states
 
     def _residual(self, hidden_states, update, feature_mask, gate):
-        update = self.dropout(update)
-        if update.shape[-1] < hidden_states.shape[-1]:  # the larger experts have no tokens
-            update = nn.functional.pad(update, (0, hidden_states.shape[-1] - update.shape[-1]))
+        update = widen(self.dropout(update), hidden_states.shape[-1])
         if feature_mask is not None:
             update = update * feature_mask
         gate = self._drop_path(gate, hidden_states)

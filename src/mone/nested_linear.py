@@ -62,7 +62,7 @@ class NestedOut(nn.Linear):
         if residual is not None:
             if not is_traced() and not _autocasts(x.device):
                 return add_expanded(residual, x, self.weight.t(), self.bias, slices)
-            return residual + nn.functional.pad(self(x, slices), (0, residual.shape[-1] - width))
+            return residual + widen(self(x, slices), residual.shape[-1])
         if len(slices) == 1:
             return nn.functional.linear(x, self.weight[:width], self.bias[:width])
         if is_traced():
@@ -83,6 +83,17 @@ def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
     An expert's part of an in-projection is then one piece, and small products are faster with either kind.
     """
     module.weight.data = module.weight.data.t().contiguous().t()
+
+
+def widen(update: torch.Tensor, width: int) -> torch.Tensor:
+    """(N, B, d) -> (N, B, width), with zeros where the larger experts have no tokens."""
+    missing = width - update.shape[-1]
+    return nn.functional.pad(update, (0, missing)) if missing else update
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody listens to this projection (hooks) or has put another in its place (adapters)."""
+    return type(module) in (NestedIn, NestedOut) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_traced() -> bool:
@@ -176,7 +187,8 @@ def add_expanded(
         y[start:stop, :, d:] = residual[start:stop, :, d:]
     inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
     for start, stop, low, high in blocks(slices, x.shape[1]):
-        outputs[start:stop, low:high].addmm_(inputs[start:stop], matrix[:, low:high])
+        out = outputs[start:stop, low:high]
+        torch.addmm(out, inputs[start:stop], matrix[:, low:high], out=out)
     return y
 
 

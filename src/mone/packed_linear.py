@@ -7,7 +7,7 @@ Axis letters: N tokens, B batch, D width of the model, d width of an expert, I a
 import torch
 from torch import nn
 
-from .nested_linear import SHARED_ROWS, NestedIn, NestedOut, is_traced
+from .nested_linear import SHARED_ROWS, NestedIn, NestedOut, is_traced, is_untouched
 
 
 class PackedLinear:
@@ -44,11 +44,7 @@ class PackedLinear:
 
     def serves(self, *modules: nn.Module) -> bool:
         """Whether it computes what these modules would: unhooked, and with the weights it packed."""
-        return (
-            all(type(module) in (NestedIn, NestedOut) for module in modules)  # and no adapter has taken its place
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-            and self.source == self._stamp(modules)
-        )
+        return all(is_untouched(module) for module in modules) and self.source == self._stamp(modules)
 
     @staticmethod
     def _stamp(modules: tuple[nn.Module, ...]) -> list[tuple]:
