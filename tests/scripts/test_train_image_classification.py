@@ -14,7 +14,15 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    BeitConfig,
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from mone import MoNEForImageClassification, count_macs
 
@@ -111,6 +119,35 @@ def test_a_vit_checkpoint_from_folders_with_sample_limits(tmp_path):
         ]
     )
     assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], abs=1e-6)
+
+
+def test_a_checkpoint_of_another_family(tmp_path, parquet):
+    """DINOv2 without a head, whose processor makes smaller images than its positions are for."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
+    processor = BitImageProcessor(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16})
+    processor.save_pretrained(tmp_path / "dinov2")
+    script.main(
+        [
+            *(*parquet, "--model_name_or_path", str(tmp_path / "dinov2"), "--output_dir", str(tmp_path / "out")),
+            *("--do_train", "--do_eval", "--max_steps", "2", "--capacity", "0.4", "--max_eval_samples", "8"),
+            *("--config_overrides", "pooling=cls_mean", "--cache_dir", str(tmp_path / "cache"), *QUIET),
+        ]
+    )
+    model = MoNEForImageClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.num_labels, list(model.config.image_size)) == (10, [16, 16])
+    assert (model.config.pooling, model.classifier.in_features) == ("cls_mean", 64)
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_refused_before_data_are_read(tmp_path):
+    BeitConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'beit' model cannot become a MoNE"):
+        script.main(
+            [
+                *("--train_file", "nowhere.parquet", "--model_name_or_path", str(tmp_path), "--do_train"),
+                *("--output_dir", str(tmp_path / "out"), *QUIET),
+            ]
+        )
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
