@@ -27,7 +27,7 @@ class CheckpointMixin:
         routers be missing or too many, as for other labels or other `router_layers`.
 
         Raises:
-            RuntimeError: names the weights that are missing, too many or of another shape.
+            ValueError: names the weights that are missing, too many or of another shape.
             OSError: there is no such checkpoint, or a file of it is damaged.
         """
         with_info = kwargs.pop("output_loading_info", False)
@@ -43,7 +43,7 @@ class CheckpointMixin:
         return (model, info) if with_info else model
 
     def _check_loading_info(self, source: str, info: dict, ignore_mismatched_sizes: bool) -> None:
-        """Raise RuntimeError if transformers' report of loading `source` has more than `from_pretrained` allows."""
+        """Raise ValueError if transformers' report of loading `source` has more than `from_pretrained` allows."""
         checkpoint_of = self.config.architectures or []
         has_classifier = any(name.startswith("classifier.") for name, _ in self.named_parameters())
         new_classifier = type(self).__name__ not in checkpoint_of
@@ -68,7 +68,7 @@ class CheckpointMixin:
             hint = ""
             if all(map(replaceable, missing | extra)):
                 hint = " Pass ignore_mismatched_sizes=True to make them anew."
-            raise RuntimeError(
+            raise ValueError(
                 f"The checkpoint {source} of {', '.join(checkpoint_of) or 'an unknown model'} does not fit "
                 f"{type(self).__name__}. Weights {'; '.join(problems)}.{hint}"
             )
