@@ -260,6 +260,7 @@ def folder(tmp_path_factory):
     (root / "card").mkdir()
     (root / "card" / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n\n# My own words\n")
     Image.new("RGB", (2, 2)).save(root / "card" / "picture.png")
+    (root / "README.md").write_text("Of the folder in which the processes run, and of no model.")
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(16)]
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
@@ -328,6 +329,7 @@ class TestPush:
             assert set(files(hub, f"alice/{name}")) == code | {"preprocessor_config.json"}
         for name in ("video", "video-pipeline"):
             assert set(files(hub, f"alice/{name}")) == code | video | {"video_preprocessor_config.json"}
+        assert front_matter(files(hub, "alice/image")["README.md"].content.decode())["tags"] == ["nested"]
 
     def test_weights_go_to_large_file_storage_and_no_token_with_them(self, hub, without):
         assert all(file.lfs == path.endswith((".safetensors", ".bin", ".png")) for path, file in all_files(hub))

@@ -127,7 +127,7 @@ class CheckpointMixin:
         repo = {"repo_id": commit.repo_url.repo_id, "revision": commit.pr_revision or kwargs.get("revision")}
         api = HfApi(token=kwargs.get("token"))
         card = Path(folder) / "README.md"
-        if is_written_by_hand(card):
+        if folder and is_written_by_hand(card):  # a new model is of no folder
             commit = api.upload_folder(
                 **repo, folder_path=folder, allow_patterns=[card.name, "*.png"], commit_message="Upload model card"
             )

@@ -338,7 +338,7 @@ def plot_accuracy_against_compute(rows: Sequence[dict], path: str | os.PathLike 
     ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="lower right", frameon=False)
+    ax.legend(loc="best", frameon=False)
     return _saved(figure, path)
 
 

@@ -373,3 +373,16 @@ def test_logits_of_clips_are_averaged_and_unreadable_ones_left_out(tmp_path):
         accuracy = (logits.argmax(-1) == labels).float().mean().item()
         assert metrics[f"eval_capacity_{capacity:g}_accuracy"] == pytest.approx(accuracy)
         assert metrics[f"eval_capacity_{capacity:g}_unreadable"] == 1
+
+
+def test_a_card_of_ones_own_is_kept_and_a_draft_renewed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    card = tmp_path / "out" / "README.md"
+    card.parent.mkdir(exist_ok=True)
+    trainer.create_model_card(model_name="first")
+    assert "# first" in card.read_text()
+    trainer.create_model_card(model_name="second")
+    assert "# second" in card.read_text()
+    card.write_text("# Mine")
+    trainer.create_model_card(model_name="third")
+    assert card.read_text() == "# Mine"
