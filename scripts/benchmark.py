@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from mone import MoNEConfig, MoNEViViTConfig
-from mone.benchmark import MODES, environment, measure, routing_share
+from mone.benchmark import BASELINES, MODES, environment, measure, routing_share
 from mone.visualization import plot_speed
 
 
@@ -27,7 +27,10 @@ MODELS = {
     "vit_base": MoNEConfig(num_labels=1000),
     "vivit_base": MoNEViViTConfig(num_labels=174),
 }
-COLUMNS = ("model", "mode", "capacity", "batch", "GMACs", "ms", "spread", "per second", "less", "faster", "efficiency")
+COLUMNS = (
+    *("model", "mode", "capacity", "batch", "GMACs", "ms", "spread", "per second"),
+    *("peak MB", "less", "faster", "efficiency"),
+)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -36,6 +39,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--capacities", nargs="+", type=float, default=[0.3, 0.4, 1.0], help="default: %(default)s")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8], help="default: %(default)s")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="default: %(default)s")
+    parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=[], help="what else to time, for images")
     parser.add_argument("--train", action="store_true", help="time forward and backward")
     parser.add_argument("--image_size", type=int, help="in pixels; default: 224")
     parser.add_argument("--num_layers", type=int, help="fewer layers, for a quick look; default: the model's")
@@ -62,6 +66,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 args.capacities,
                 batch_size,
                 modes=args.modes,
+                baselines=args.baselines,
                 train=args.train,
                 device=args.device,
                 dtype=getattr(torch, args.dtype),
@@ -95,6 +100,7 @@ def line_of(row: dict) -> str:
         f"{row['milliseconds']:.1f}",
         f"{row['spread']:.1%}",
         f"{row['per_second']:.1f}",
+        f"compiled in {row['compile_seconds']:.0f} s" if row["mode"] == "compiled" else f"{row['peak_megabytes']:.0f}",
         f"{row['reduction']:.2f}x",
         f"{row['speedup']:.2f}x",
         efficiency,

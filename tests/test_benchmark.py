@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
 import mone.benchmark as benchmark
 from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig, count_macs
+from mone.baselines import DenseModel
 from mone.benchmark import (
-    DenseModel,
+    PeakMemory,
     capacity_for_latency,
     environment,
     example_input,
@@ -110,7 +112,7 @@ def test_training_steps_run_backward(monkeypatch):
     stepped = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: stepped.append(loss.requires_grad))
     measure(image_config(), [0.4], 2, train=True)
-    assert stepped == [True, True]
+    assert stepped and all(stepped)
 
 
 def test_compiled_layers_give_the_same_rows(monkeypatch):
@@ -123,8 +125,26 @@ def test_compiled_layers_give_the_same_rows(monkeypatch):
         ("mone", "compiled"),
     ]
     assert rows[2]["speedup"] == pytest.approx(2.5)
+    assert rows[2]["compile_seconds"] == 0 and rows[2]["peak_megabytes"] is None
     assert rows[2]["efficiency_compiled"] == pytest.approx(2 / rows[2]["reduction"])
     assert torch._dynamo.config.recompile_limit == limit, "settings are put back"
+
+
+def test_baselines_at_the_same_multiply_accumulates(monkeypatch):
+    fake_clock(monkeypatch, lambda name: {"dense": 1.0, "mone": 0.5, "timm": 1.0, "token_merging": 0.8}[name[0]])
+    rows = {(r["model"], r["capacity"]): r for r in measure(image_config(), [0.9], 2, baselines=benchmark.BASELINES)}
+    assert set(rows) == {("dense", None), ("mone", 0.9), ("timm", None), ("token_merging", 0.9)}
+    merging, mone = rows["token_merging", 0.9], rows["mone", 0.9]
+    assert merging["gmacs"] == mone["gmacs"] and merging["speedup"] == 1.25
+    assert all(row["peak_megabytes"] > 0 for row in rows.values())
+    timm_macs = FlopCounterMode(display=False)
+    with timm_macs:
+        benchmark.timm_vit(image_config())(example_input(image_config(), 1))
+    assert timm_macs.get_total_flops() / 2e9 == pytest.approx(rows["timm", None]["gmacs"])
+    with pytest.raises(ValueError, match="baselines="):
+        measure(image_config(), [0.5], 1, baselines=("moe",))
+    with pytest.raises(ValueError, match="for images"):
+        measure(video_config(), [0.5], 1, baselines=("timm",))
 
 
 @pytest.mark.parametrize("options", [{"modes": ("fast",)}, {"modes": ("compiled",), "train": True}])
@@ -189,3 +209,47 @@ def test_the_script_prints_and_writes(tmp_path, capsys, monkeypatch):
     assert printed.count("vit_tiny mone | prepared") == 4 and printed.count("routing takes") == 2
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "speed.png"}
     assert len([row for row in rows if row.get("model") == "mone"]) == 8
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_of_a_chain():
+    """Three tensors of 4 kB, never more than two at once; a view and what was there before are not counted."""
+    x = torch.ones(1000)
+    with PeakMemory() as memory:
+        y = x * 2
+        y = y.view(10, 100) + 1
+        y = y + 1
+        del y
+    assert memory.peak == 8000
+    with PeakMemory() as memory:
+        x.add_(1)
+        x.view(10, 100)
+    assert memory.peak == 0
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("capacity", [0.2, 0.4, 1.0])
+def test_a_mone_needs_no_more_memory_than_the_dense_model(capacity, train):
+    config = MoNEConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=256,
+        image_size=64,
+        patch_size=8,
+        num_labels=10,
+    )
+    images = example_input(config, 4)
+    peaks = []
+    for model, kwargs in ((DenseModel(config), {}), (MoNEForImageClassification(config), {"capacity": capacity})):
+        model.train(train)
+        with torch.set_grad_enabled(train), PeakMemory() as memory:
+            logits = model(images, **kwargs)
+            logits = logits if isinstance(logits, torch.Tensor) else logits.logits
+            if train:
+                logits.sum().backward()
+        peaks.append(memory.peak)
+    dense, mone = peaks
+    assert mone <= dense

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .baselines import DenseModel
+from .baselines import DenseModel, TokenMergingModel, merged_per_layer_for_macs
 from .capacity import relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .flops import count_macs
@@ -35,6 +38,8 @@ from .modeling_mone_vivit import MoNEViViTForVideoClassification
 
 # How a model is run: as it is, with its weights laid out for inference, or with its layers compiled one by one.
 MODES = ("eager", "prepared", "compiled")
+# What else may be timed beside: timm's dense ViT, and token merging with as many multiply-accumulates as each MoNE.
+BASELINES = ("timm", "token_merging")
 
 
 def example_input(config: MoNEConfig, batch_size: int) -> torch.Tensor:
@@ -67,12 +72,45 @@ def interleaved_seconds(
     return {name: times[warmup:] for name, times in seconds.items()}
 
 
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive at once, of those made inside this context.
+
+    Exact and the same on every device. Not counted is what a kernel takes for itself, and what inductor or ONNX
+    Runtime plan.
+
+        with PeakMemory() as memory:
+            model(pixel_values)
+        memory.peak
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        given = {id for id, _ in self._storages((args, kwargs))}
+        self._alive = {id: entry for id, entry in self._alive.items() if not entry[0].expired()}
+        for id, storage in self._storages(outputs):
+            if id not in given:
+                self._alive[id] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return outputs
+
+    @staticmethod
+    def _storages(tree) -> list[tuple[int, torch.UntypedStorage]]:
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not leaf.is_mkldnn]
+        return [(storage._cdata, storage) for storage in (tensor.untyped_storage() for tensor in tensors)]
+
+
 def measure(
     config: MoNEConfig,
     capacities: Sequence[float],
     batch_size: int,
     *,
     modes: Sequence[str] = ("eager",),
+    baselines: Sequence[str] = (),
     train: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -85,22 +123,27 @@ def measure(
         capacities: one row each and mode.
         batch_size: images or clips.
         modes: of `MODES`. With "compiled" the dense model is also timed compiled.
+        baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package.
         train: forward and backward instead of inference; in eager mode only.
         device, dtype: where and in what.
         rounds: timed calls of each variant, after two that do not count.
 
     Returns:
-        Rows with "model" ("dense", "mone"), "mode", "capacity", "batch_size", "train", "gmacs" (of one input),
-        "milliseconds" (median), "spread" (half the range between the quartiles, over the median), "per_second",
+        Rows with "model" ("dense", "mone" or a baseline), "mode", "capacity", "batch_size", "train", "gmacs" (of one
+        input), "milliseconds" (median), "spread" (half the range between the quartiles, over it), "per_second",
         "reduction" (of multiply-accumulates), "speedup" and "efficiency", the last two against the dense model as it
-        is, and, for mode "compiled", "efficiency_compiled" against the compiled one.
+        is. "peak_megabytes" of tensors beside weights and input ([`PeakMemory`], not for compiled models). For mode
+        "compiled" also "efficiency_compiled" against the compiled dense model, and "compile_seconds": what the first
+        call took longer.
 
     Raises:
-        ValueError: for an unknown mode, a capacity that is not allowed, or training in another mode than eager.
+        ValueError: for an unknown mode or baseline, a capacity that is not allowed, or training in another mode than
+            eager.
     """
-    unknown = sorted(set(modes) - set(MODES))
-    if unknown or (train and tuple(modes) != ("eager",)):
+    if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
         raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
+    if set(baselines) - set(BASELINES) or (baselines and isinstance(config, MoNEViViTConfig)):
+        raise ValueError(f"baselines={tuple(baselines)} must be of {BASELINES}, and for images.")
     for capacity in capacities:
         config.resolve_capacity(capacity)
     is_video = isinstance(config, MoNEViViTConfig)
@@ -109,10 +152,9 @@ def measure(
     labels = torch.randint(config.num_labels, (batch_size,), device=device)
     model_class = MoNEViViTForVideoClassification if is_video else MoNEForImageClassification
 
-    def new(kind):
+    def new(kind, *args):
         torch.manual_seed(0)
-        model = DenseModel(config) if kind == "dense" else model_class(config)
-        return model.to(device, dtype).train(train)
+        return kind(config, *args).to(device, dtype).train(train)
 
     def step(model, **kwargs):
         model.zero_grad(set_to_none=True)
@@ -121,16 +163,16 @@ def measure(
         nn.functional.cross_entropy(logits.float(), labels).backward()
 
     run = step if train else (lambda model, **kwargs: model(pixel_values, **kwargs))
-    variants, models, dense = {}, {}, new("dense")
+    variants, models, dense = {}, {}, new(DenseModel)
     variants["dense", "eager", None] = lambda: run(dense)
     if "compiled" in modes:
         torch._dynamo.reset()  # graphs of earlier models count towards its limit, behind which nothing is compiled
-        compiled_dense = new("dense")
+        compiled_dense = new(DenseModel)
         for layer in (*compiled_dense.layers, *compiled_dense.temporal):
             layer.compile(dynamic=False)
         variants["dense", "compiled", None] = lambda: run(compiled_dense)
     for mode in modes:
-        models[mode] = new("mone")
+        models[mode] = new(model_class)
         if mode == "prepared":
             models[mode].optimize_for_inference()
         if mode == "compiled":
@@ -139,6 +181,16 @@ def measure(
                     module.compile(dynamic=False)
         for capacity in capacities:
             variants["mone", mode, capacity] = lambda m=models[mode], c=capacity: run(m, capacity=c)
+    if "timm" in baselines:
+        timm_model = new(timm_vit)
+        variants["timm", "eager", None] = lambda: run(timm_model)
+    # The routers are not the dense model's.
+    gmacs = {capacity: count_macs(config, capacity) / 1e9 for capacity in capacities}
+    gmacs[None] = (count_macs(config, 1.0) - _router_macs(config)) / 1e9
+    if "token_merging" in baselines:
+        for capacity in capacities:
+            merging = new(TokenMergingModel, merged_per_layer_for_macs(config, gmacs[capacity]))
+            variants["token_merging", "eager", capacity] = lambda m=merging: run(m)
 
     with (
         torch.set_grad_enabled(train),
@@ -147,32 +199,61 @@ def measure(
         # A graph for each layer and capacity.
         torch._dynamo.config.patch(recompile_limit=2 * config.num_hidden_layers * (len(capacities) + 1)),
     ):
-        seconds = interleaved_seconds(variants, rounds=rounds)
-    # The routers are not the dense model's.
-    dense_gmacs = (count_macs(config, 1.0) - _router_macs(config)) / 1e9
+        first = interleaved_seconds(variants, rounds=1, warmup=0)
+        seconds = interleaved_seconds(variants, rounds=rounds, warmup=1)
+        peaks = {key: _peak_megabytes(call) for key, call in variants.items() if key[1] != "compiled"}
     of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
     rows = []
     for (name, mode, capacity), times in seconds.items():
         median, quartiles = statistics.median(times), np.percentile(times, [25, 75])
-        gmacs = dense_gmacs if name == "dense" else count_macs(config, capacity) / 1e9
         row = {
             "model": name,
             "mode": mode,
             "capacity": capacity,
             "batch_size": batch_size,
             "train": train,
-            "gmacs": gmacs,
+            "gmacs": gmacs[capacity],
             "milliseconds": 1e3 * median,
             "spread": float(quartiles[1] - quartiles[0]) / 2 / median,
             "per_second": batch_size / median,
-            "reduction": dense_gmacs / gmacs,
+            "reduction": gmacs[None] / gmacs[capacity],
             "speedup": of_dense["eager"] / median,
+            "peak_megabytes": peaks.get((name, mode, capacity)),
         }
         row["efficiency"] = row["speedup"] / row["reduction"]
         if mode == "compiled":
             row["efficiency_compiled"] = of_dense["compiled"] / median / row["reduction"]
+            row["compile_seconds"] = first[name, mode, capacity][0] - median
         rows.append(row)
     return rows
+
+
+def timm_vit(config: MoNEConfig) -> nn.Module:
+    """timm's ViT of the sizes of `config`, with mean pooling and without a class token."""
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise ImportError("The baseline timm needs that package: pip install timm.") from error
+    return VisionTransformer(
+        img_size=as_pair(config.image_size),
+        patch_size=as_pair(config.patch_size),
+        in_chans=config.num_channels,
+        num_classes=config.num_labels,
+        global_pool="avg",
+        class_token=False,
+        fc_norm=False,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=config.intermediate_size / config.hidden_size,
+        qkv_bias=config.qkv_bias,
+    )
+
+
+def _peak_megabytes(call: Callable[[], object]) -> float:
+    with PeakMemory() as memory:
+        call()
+    return memory.peak / 1e6
 
 
 def routing_share(config: MoNEConfig, capacity: float, batch_size: int, *, rounds: int = 10) -> float:

@@ -155,7 +155,6 @@ class MoNEAttention(Packable):
         )
         context = context.flatten(2).transpose(0, 1)  # (N, B, D)
         if packs is None:
-            context = context.contiguous()
             if residual is not None and is_untouched(self.o_proj):
                 return self.o_proj(context, slices, residual), attn_weights
             update = self.o_proj(context, slices)
@@ -185,7 +184,7 @@ class MoNEMLP(Packable):
         packs: tuple[PackedLinear, PackedLinear] | None = None,
     ) -> torch.Tensor:
         """(N, B, D) -> update (N, B, d of the largest expert among the slices). `packs` serve one expert."""
-        is_gelu = isinstance(self.activation_fn, GELUActivation)
+        is_gelu = isinstance(self.activation_fn, GELUActivation) and not self.activation_fn._forward_hooks
         if packs is not None:
             ((_, _, d),) = slices
             if is_gelu:
@@ -194,6 +193,8 @@ class MoNEMLP(Packable):
         hidden_states = self.fc1(hidden_states, slices)
         # Unless a hook may have kept them for a user to see.
         in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
+        if is_gelu and torch.is_grad_enabled() and is_untouched(self.fc2):
+            return self.fc2(hidden_states, slices, after_gelu=True)
         if in_place and is_gelu:
             torch.ops.aten.gelu_(hidden_states)  # in the cache; there is no public name
         else:

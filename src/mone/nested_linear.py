@@ -52,20 +52,26 @@ class NestedOut(nn.Linear):
     """Out-projection: the first d features of an expert's tokens are `weight[:d] x[n] + bias[:d]`, the rest 0."""
 
     def forward(
-        self, x: torch.Tensor, slices: tuple[Slice, ...], residual: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        slices: tuple[Slice, ...],
+        residual: torch.Tensor | None = None,
+        after_gelu: bool = False,
     ) -> torch.Tensor:
         """(N, B, I) -> (N, B, d of the largest expert among the slices).
 
-        With a `residual` (N, B, D), which needs that no gradients are taken, it is added: the result is (N, B, D).
+        Args:
+            x: need not be contiguous. Gradients are taken with this very tensor, so that no copy of it is kept.
+            residual: (N, B, D) to add, so that the result is (N, B, D); only where no gradients are taken.
+            after_gelu: project GELU(x), which is computed again for the gradients instead of kept.
         """
         width = slices[0][2]
         if residual is not None:
             if not is_traced() and not _autocasts(x.device):
-                return add_expanded(residual, x, self.weight.t(), self.bias, slices)
+                return add_expanded(residual, x.contiguous(), self.weight.t(), self.bias, slices)
             return residual + widen(self(x, slices), residual.shape[-1])
-        if len(slices) == 1:
-            return nn.functional.linear(x, self.weight[:width], self.bias[:width])
         if is_traced():
+            x = nn.functional.gelu(x) if after_gelu else x
             parts = (
                 (nn.functional.linear(x[start:stop], self.weight[:d], self.bias[:d]), width - d)
                 for start, stop, d in slices
@@ -73,8 +79,8 @@ class NestedOut(nn.Linear):
             return torch.cat([nn.functional.pad(part, (0, missing)) for part, missing in parts])
         x, weight, bias = _autocast(x, self.weight, self.bias)
         if not torch.is_grad_enabled():
-            return expand(x, weight.t(), bias, slices, width)
-        return _NestedOut.apply(x, weight, bias, slices)
+            return expand(_projected(x, after_gelu), weight.t(), bias, slices, width)
+        return _NestedOut.apply(x, weight, bias, slices, after_gelu)
 
 
 def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
@@ -223,10 +229,10 @@ class _NestedIn(torch.autograd.Function):
 
 class _NestedOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, slices):
+    def forward(ctx, x, weight, bias, slices, after_gelu):
         ctx.save_for_backward(x, weight)
-        ctx.slices = slices
-        return expand(x, weight.t(), bias, slices, slices[0][2])
+        ctx.slices, ctx.after_gelu = slices, after_gelu
+        return expand(_projected(x, after_gelu), weight.t(), bias, slices, slices[0][2])
 
     @staticmethod
     @once_differentiable
@@ -234,18 +240,26 @@ class _NestedOut(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         grad = grad.contiguous()
-        grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
-        if ctx.needs_input_grad[0]:
-            grad_x = contract(grad, weight, None, ctx.slices)
+        grads = grad.flatten(0, 1)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight)
+            inputs = _projected(x, ctx.after_gelu).flatten(0, 1)
             for stop, low, high in _features(ctx.slices, x.shape[1]):
                 torch.mm(grads[:stop, low:high].t(), inputs[:stop], out=grad_weight[low:high])
+            del inputs
+        if ctx.needs_input_grad[0]:
+            grad_x = contract(grad, weight, None, ctx.slices)
+            if ctx.after_gelu:
+                torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)  # there is no public name
         if ctx.needs_input_grad[2]:
             grad_bias = grads.new_zeros(len(weight))
             for stop, low, high in _features(ctx.slices, x.shape[1]):
                 torch.sum(grads[:stop, low:high], 0, out=grad_bias[low:high])
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _projected(x: torch.Tensor, after_gelu: bool) -> torch.Tensor:
+    return nn.functional.gelu(x) if after_gelu else x.contiguous()
 
 
 def _features(slices: tuple[Slice, ...], batch: int) -> list[tuple[int, int, int]]:
