@@ -14,11 +14,11 @@ import functools
 import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
+from transformers import ViTImageProcessor
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.configuration_mone import as_pair
-from mone.conversion import mone_from_vit
+from mone.conversion import check_source, load_image_model_and_processor
 from mone.data import load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
@@ -59,12 +59,9 @@ def load(model_args: ModelArguments, data_args: ImageArguments, training_args: M
     if checkpoint is None and not overrides:
         raise ValueError("Give --model_name_or_path, or --config_overrides for a new model.")
     names = None
-    if checkpoint is not None:
-        config = AutoConfig.from_pretrained(checkpoint, **model_args.hub)
-        if config.model_type not in ("mone", "vit"):
-            raise ValueError(f"{checkpoint} is a {config.model_type!r} model; allowed are 'mone' and 'vit'.")
-        if not training_args.do_train:
-            names = [config.id2label[number] for number in range(config.num_labels)]
+    config = None if checkpoint is None else check_source(checkpoint, **model_args.hub)
+    if config is not None and not training_args.do_train:
+        names = [config.id2label[number] for number in range(config.num_labels)]
     splits = load_image_datasets(
         **data_args.source(),
         image_column=data_args.image_column,
@@ -81,13 +78,9 @@ def load(model_args: ModelArguments, data_args: ImageArguments, training_args: M
         processor = ViTImageProcessor(size={"height": height, "width": width})
         return MoNEForImageClassification(config), processor, splits
 
-    processor = AutoImageProcessor.from_pretrained(checkpoint, **model_args.hub)
     # Another number of classes than the checkpoint's gets a new classifier.
-    options = {**model_args.hub, **labels, "ignore_mismatched_sizes": True}
-    if config.model_type == "vit":
-        vit = ViTForImageClassification.from_pretrained(checkpoint, **options)
-        return mone_from_vit(vit, **overrides), processor, splits
-    return MoNEForImageClassification.from_pretrained(checkpoint, **options, **overrides), processor, splits
+    model, processor = load_image_model_and_processor(checkpoint, **model_args.hub, **labels, **overrides)
+    return model, processor, splits
 
 
 if __name__ == "__main__":

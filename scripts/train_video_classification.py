@@ -16,16 +16,16 @@ import functools
 import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoVideoProcessor, ViTForImageClassification
+from transformers import AutoConfig, AutoVideoProcessor
 
-from mone import (
-    MoNEForImageClassification,
-    MoNEViViTConfig,
-    MoNEViViTForVideoClassification,
-    MoNEViViTVideoProcessor,
+from mone import MoNEViViTConfig, MoNEViViTForVideoClassification
+from mone.conversion import (
+    check_source,
+    load_image_model,
+    load_image_processor,
+    make_video_processor,
+    mone_vivit_from_mone,
 )
-from mone.configuration_mone import as_pair
-from mone.conversion import mone_from_vit, mone_vivit_from_mone
 from mone.data import load_video_datasets, make_video_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
@@ -43,7 +43,9 @@ from mone.training.command_line import (
 class VideoModelArguments(ModelArguments):
     init_from: str | None = field(
         default=None,
-        metadata={"help": "Folder or Hub name of an image MoNE or ViT: the start of a new model's spatial encoder."},
+        metadata={
+            "help": "Image MoNE, or a ViT that scripts/convert.py takes: the start of a new model's spatial encoder."
+        },
     )
 
 
@@ -105,12 +107,13 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
     if checkpoint is None and init_from is None and not overrides:
         raise ValueError("Give --model_name_or_path, --init_from, or --config_overrides for a new model.")
     names = None
-    if checkpoint or init_from:
-        config = AutoConfig.from_pretrained(checkpoint or init_from, **model_args.hub)
-        allowed = ("mone_vivit",) if checkpoint else ("mone", "vit")
-        if config.model_type not in allowed:
-            raise ValueError(f"{checkpoint or init_from} is a {config.model_type!r} model; allowed are {allowed}.")
-        if checkpoint and not training_args.do_train:
+    if init_from:
+        check_source(init_from, **model_args.hub)
+    if checkpoint:
+        config = AutoConfig.from_pretrained(checkpoint, **model_args.hub)
+        if config.model_type != "mone_vivit":
+            raise ValueError(f"{checkpoint} is a {config.model_type!r} model; allowed is 'mone_vivit'.")
+        if not training_args.do_train:
             names = [config.id2label[number] for number in range(config.num_labels)]
     splits = load_video_datasets(
         **data_args.source(),
@@ -128,27 +131,19 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
         model = MoNEViViTForVideoClassification.from_pretrained(
             checkpoint, **model_args.hub, **labels, **overrides, ignore_mismatched_sizes=True
         )
-    elif init_from and config.model_type == "vit":
-        image_model = mone_from_vit(ViTForImageClassification.from_pretrained(init_from, **model_args.hub))
-        model = mone_vivit_from_mone(image_model, **overrides, **labels)
     elif init_from:
-        image_model = MoNEForImageClassification.from_pretrained(init_from, **model_args.hub)
-        model = mone_vivit_from_mone(image_model, **overrides, **labels)
+        model = mone_vivit_from_mone(load_image_model(init_from, **model_args.hub), **overrides, **labels)
     else:
         model = MoNEViViTForVideoClassification(MoNEViViTConfig(**overrides, **labels))
 
     sampling = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
     sampling = {name: value for name, value in sampling.items() if value is not None}
-    sampling["num_frames"] = model.config.num_frames
     if checkpoint:
+        sampling["num_frames"] = model.config.num_frames
         processor = AutoVideoProcessor.from_pretrained(checkpoint, **model_args.hub, **sampling)
     else:
-        height, width = as_pair(model.config.image_size)
-        processor = MoNEViViTVideoProcessor(
-            size={"shortest_edge": round(256 / 224 * max(height, width))},  # ViViT's
-            crop_size={"height": height, "width": width},
-            **sampling,
-        )
+        image_processor = load_image_processor(init_from, **model_args.hub) if init_from else None
+        processor = make_video_processor(model.config, image_processor, **sampling)
     return model, processor, splits
 
 

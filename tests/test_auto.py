@@ -36,7 +36,15 @@ from mone import (
 
 
 CAPACITIES = [None, 1.0, 0.5, 0.2, (0.1, 0.2, 0.3, 0.4)]
-CODE = {"capacity.py", "configuration_mone.py", "modeling_mone.py", "nested_linear.py", "routing.py"}
+CODE = {
+    "capacity.py",
+    "checkpoints.py",
+    "configuration_mone.py",
+    "modeling_mone.py",
+    "nested_linear.py",
+    "packed_linear.py",
+    "routing.py",
+}
 VIDEO_MODEL_CODE = CODE | {"modeling_mone_vivit.py"}
 VIDEO_PROCESSOR_CODE = {"video_decoding.py", "video_processing_mone.py"}
 VIDEO_CODE = {

@@ -62,6 +62,8 @@ def test_router_outputs_stay_out_of_trainer_predictions():
         {"num_experts": 2, "hidden_size": 6, "num_attention_heads": 3, "capacity": [0.5, 0.5]},
         {"image_size": (32, 64), "patch_size": [16, 8], "router_type": "argmax", "capacity_beta": 1.5},
         {"router_type": "random", "output_router_logits": True},
+        {"pooling": "cls_registers", "num_register_tokens": 2, "embedding_norm": True, "final_norm": "pooled"},
+        {"pooling": "cls_mean", "position_antialias": True, "final_norm": "none"},
     ],
 )
 def test_save_and_load(tmp_path, fields):
@@ -129,6 +131,9 @@ def test_resolve_capacity_uses_the_configs_eq_3():
         ({"router_layers": [0, 3], "num_hidden_layers": 3}, ["router_layers=[0, 3]", "2"]),
         ({"router_type": "token-choice"}, ["'token-choice'", "learned", "random", "argmax"]),
         ({"pooling": "max"}, ["'max'", "mean", "cls"]),
+        ({"final_norm": "first"}, ["'first'", "tokens", "pooled", "none"]),
+        ({"num_register_tokens": -1}, ["num_register_tokens=-1"]),
+        ({"pooling": "cls_registers"}, ["num_register_tokens=0", "at least 1"]),
         ({"capacity": 0.05}, ["0.05", "[0.125, 1]"]),
         ({"capacity": 0}, ["0", "[0.125, 1]"]),
         ({"capacity": 1.2}, ["1.2", "[0.125, 1]"]),

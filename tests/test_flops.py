@@ -92,6 +92,8 @@ def test_count_equals_pytorchs_at_another_image_size(pooling, size):
         {"qkv_bias": False},
         {"num_labels": 0},
         {"patch_size": (16, 4)},
+        {"pooling": "cls_registers", "num_register_tokens": 7},
+        {"pooling": "cls_mean", "embedding_norm": True, "final_norm": "pooled"},
     ],
     ids=str,
 )

@@ -19,15 +19,13 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import ViTConfig
-from transformers.models.vit.modeling_vit import ViTLayer
 
+from .baselines import DenseModel
 from .capacity import relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .export import export_onnx, onnx_session, quantize_onnx, write_onnx
 from .flops import count_macs
 from .modeling_mone import (
-    MoNEEmbeddings,
     MoNEForImageClassification,
     MoNELayer,
     MoNEPreTrainedModel,
@@ -38,57 +36,12 @@ from .modeling_mone import (
     take_tokens,
     token_counts,
 )
-from .modeling_mone_vivit import MoNEViViTEmbeddings, MoNEViViTForVideoClassification
+from .modeling_mone_vivit import MoNEViViTForVideoClassification
 
 
 # How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, or in
 # ONNX Runtime, in float32 or in int8.
 MODES = ("eager", "prepared", "compiled", "onnx", "onnx_int8")
-
-
-class DenseModel(nn.Module):
-    """The same classifier with transformers' dense ViT layers and SDPA: what users would run instead.
-
-    Embedding, pooling and head are those of the MoNE model, without routers; transformers has no factorised ViViT.
-
-    Args:
-        config: of the MoNE model.
-    """
-
-    def __init__(self, config: MoNEConfig):
-        super().__init__()
-        self.is_video = isinstance(config, MoNEViViTConfig)
-        fields = (
-            "hidden_size",
-            "num_attention_heads",
-            "intermediate_size",
-            "hidden_act",
-            "qkv_bias",
-            "layer_norm_eps",
-        )
-        dense = ViTConfig(**{name: getattr(config, name) for name in fields}, attn_implementation="sdpa")
-        self.config = config
-        self.embeddings = (MoNEViViTEmbeddings if self.is_video else MoNEEmbeddings)(config)
-        self.layers = nn.ModuleList([ViTLayer(dense) for _ in range(config.num_hidden_layers)])
-        temporal = config.num_temporal_layers if self.is_video else 0
-        self.temporal = nn.ModuleList([ViTLayer(dense) for _ in range(temporal)])
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) or (B, F, C, height, width) -> logits (B, num_labels)."""
-        if self.is_video:
-            tokens = self.embeddings(pixel_values)  # (B, T, N, D)
-            hidden = tokens.flatten(0, 1)
-        else:
-            hidden = self.embeddings(pixel_values, patch_grid(self.config, pixel_values.shape[-2:]))
-        for layer in self.layers:
-            hidden = layer(hidden)
-        if self.is_video:
-            hidden = self.layernorm(hidden).mean(1).unflatten(0, tokens.shape[:2])
-            for layer in self.temporal:
-                hidden = layer(hidden)
-        return self.classifier(self.layernorm(hidden).mean(1))
 
 
 def example_input(config: MoNEConfig, batch_size: int) -> torch.Tensor:

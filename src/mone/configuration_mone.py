@@ -8,7 +8,8 @@ from .capacity import relative_widths, resolve_capacity
 
 
 ROUTER_TYPES = ("learned", "random", "argmax")
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "cls_mean", "cls_registers")
+FINAL_NORMS = ("tokens", "pooled", "none")
 
 
 @strict
@@ -47,8 +48,20 @@ class MoNEConfig(PreTrainedConfig):
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether the query, key and value projections have a bias.
         pooling (`str`, *optional*, defaults to `"mean"`):
-            `"mean"`: global average over the final tokens, as in the paper. `"cls"`: class token, for checkpoints
-            that have one. It is not routed and always takes the full model.
+            `"mean"`: global average over the final patch tokens, as in the paper. `"cls"`: class token, for
+            checkpoints that have one. `"cls_mean"`: both, side by side (DINOv2's classifiers), and
+            `"cls_registers"`: class and register tokens side by side (DeiT's two heads); the classifier is then as
+            many times wider.
+        num_register_tokens (`int`, *optional*, defaults to 0):
+            Learned tokens without a position that lead the sequence, after the class token. Like it, they are not
+            routed and always take the full model.
+        embedding_norm (`bool`, *optional*, defaults to `False`):
+            A layer norm between the embeddings and the layers, as in CLIP.
+        final_norm (`str`, *optional*, defaults to `"tokens"`):
+            `"tokens"`: the last layer norm acts on every token before pooling, as in ViT. `"pooled"`: after pooling,
+            on its result (CLIP, fine-tuned MAE). `"none"`: there is none.
+        position_antialias (`bool`, *optional*, defaults to `False`):
+            Interpolate positions with an anti-aliasing filter (DINOv2 with registers, timm).
         num_experts (`int`, *optional*, defaults to 4):
             Number E of nested experts; expert i = 1..E has width `hidden_size / 2**(E-i)`.
         router_layers (sequence of `int`, *optional*, defaults to `(0,)`):
@@ -92,6 +105,10 @@ class MoNEConfig(PreTrainedConfig):
     num_channels: int = 3
     qkv_bias: bool = True
     pooling: str = "mean"
+    num_register_tokens: int = 0
+    embedding_norm: bool = False
+    final_norm: str = "tokens"
+    position_antialias: bool = False
     num_experts: int = 4
     router_layers: list[int] | tuple[int, ...] = (0,)
     router_type: str = "learned"
@@ -110,7 +127,19 @@ class MoNEConfig(PreTrainedConfig):
         """
         self.validate_widths()
         self.validate_sizes()
+        self.validate_tokens()
         self.validate_routing()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens that lead the sequence and take the full model: the class token, if any, and the registers."""
+        return (self.pooling != "mean") + self.num_register_tokens
+
+    @property
+    def pooled_size(self) -> int:
+        """Features of the pooled tokens, which the classifier reads."""
+        parts = {"cls_mean": 2, "cls_registers": self.num_prefix_tokens}
+        return self.hidden_size * parts.get(self.pooling, 1)
 
     def validate_widths(self):
         divisor = round(1 / relative_widths(self.num_experts)[0])
@@ -135,6 +164,17 @@ class MoNEConfig(PreTrainedConfig):
                 "in height and width."
             )
 
+    def validate_tokens(self):
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} must be one of {POOLINGS}.")
+        if self.final_norm not in FINAL_NORMS:
+            raise ValueError(f"final_norm={self.final_norm!r} must be one of {FINAL_NORMS}.")
+        if self.num_register_tokens < (self.pooling == "cls_registers"):
+            raise ValueError(
+                f"num_register_tokens={self.num_register_tokens} must not be negative, and at least 1 with "
+                f"pooling='cls_registers' (it is {self.pooling!r})."
+            )
+
     def validate_routing(self):
         layers = list(self.router_layers)
         if layers != sorted(set(layers)) or not layers or layers[0] < 0 or layers[-1] >= self.num_hidden_layers:
@@ -144,8 +184,6 @@ class MoNEConfig(PreTrainedConfig):
             )
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"router_type={self.router_type!r} must be one of {ROUTER_TYPES}.")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling={self.pooling!r} must be one of {POOLINGS}.")
         self.resolve_capacity()
 
     def resolve_capacity(self, capacity=None) -> tuple[float, ...]:
@@ -178,7 +216,8 @@ class MoNEViViTConfig(MoNEConfig):
         patch_size:
             Height and width of `tubelet_size`; there is no need to give it.
         all others:
-            As in [`MoNEConfig`]. Routers stand in the spatial encoder.
+            As in [`MoNEConfig`]. Routers stand in the spatial encoder. `pooling` is `"mean"` or `"cls"`; register
+            tokens, an embedding norm and another `final_norm` are for images only.
     """
 
     model_type = "mone_vivit"
@@ -197,6 +236,15 @@ class MoNEViViTConfig(MoNEConfig):
     def check(self) -> None:
         self.validate_tubelets()
         super().check()
+
+    def validate_tokens(self):
+        super().validate_tokens()
+        plain = {"num_register_tokens": 0, "embedding_norm": False, "final_norm": "tokens"}
+        given = {name: getattr(self, name) for name, value in plain.items() if getattr(self, name) != value}
+        if self.pooling not in ("mean", "cls"):
+            given["pooling"] = self.pooling
+        if given:
+            raise ValueError(f"The video model has no {given}; allowed are {plain} and pooling='mean' or 'cls'.")
 
     def validate_tubelets(self):
         if len(self.tubelet_size) != 3 or min(self.tubelet_size) < 1:

@@ -32,7 +32,7 @@ def count_macs(
     patch = as_pair(config.patch_size)
     image = as_pair(config.image_size if image_size is None else image_size)
     n = (image[0] // patch[0]) * (image[1] // patch[1])
-    prefix = 1 if config.pooling == "cls" else 0
+    prefix = config.num_prefix_tokens
     counts = tokens_per_expert(config.resolve_capacity(capacity), n)
 
     # Tokens at full width that cost as much as all tokens of the routed layers.
@@ -53,7 +53,7 @@ def count_macs(
         time = config.num_frames // config.tubelet_size[0]
         total = time * (total + n * config.num_channels * patch[0] * patch[1] * d * (config.tubelet_size[0] - 1))
         total += config.num_temporal_layers * _layer_macs(config, prefix + time, prefix + time)
-    return round(total) + d * config.num_labels
+    return round(total) + config.pooled_size * config.num_labels
 
 
 def _layer_macs(config: MoNEConfig, sequence: int, full_width_tokens: float) -> float:

@@ -9,7 +9,7 @@ second, (N, B, D): this makes the blocks contiguous for every batch size (`neste
 
 Axis letters:
     B  batch
-    N  patch tokens; the sequence is one longer with a class token, which leads it and takes the full model
+    N  patch tokens; class and register tokens, where there are any, lead the sequence and take the full model
     D  width of the model (hidden_size), d the width of an expert
     E  experts, smallest first
     H  attention heads
@@ -38,8 +38,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
+from .checkpoints import CheckpointMixin
 from .configuration_mone import MoNEConfig, as_pair
-from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, lay_out_for_inference
+from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, is_untouched, lay_out_for_inference, widen
+from .packed_linear import Packable, PackedLinear
 from .routing import Router
 
 
@@ -50,9 +52,11 @@ class MoNEModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, tokens, hidden_size)`):
-            Tokens after the final layer norm; the class token, where there is one, comes first.
+            Tokens after the final layer norm (with `config.final_norm="tokens"`); class and register tokens, where
+            there are any, come first.
         pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`):
-            Mean of the tokens, or the class token, by `config.pooling`.
+            Mean of the patch tokens, or the class token, by `config.pooling`, which may also put several side by
+            side.
         hidden_states (tuple of `torch.FloatTensor`, with `output_hidden_states=True`):
             The embeddings and the output of each layer, shaped as `last_hidden_state`, before the final norm.
         attentions (tuple of `torch.FloatTensor`, with `output_attentions=True`):
@@ -96,7 +100,7 @@ class MoNEImageClassifierOutput(ModelOutput):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-class MoNEAttention(nn.Module):
+class MoNEAttention(Packable):
     """Self-attention over all tokens at full width D, whichever expert projects a token in and out."""
 
     def __init__(self, config: MoNEConfig):
@@ -115,12 +119,26 @@ class MoNEAttention(nn.Module):
         self.o_proj = NestedOut(width, width)
 
     def forward(
-        self, hidden_states: torch.Tensor, slices: tuple[Slice, ...], **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        slices: tuple[Slice, ...],
+        residual: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only)."""
+        """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only).
+
+        With a `residual` (N, B, D), which needs that no gradients are taken, the sum of both instead of the update.
+        """
+        packs = None if residual is None else self.usable_packs(hidden_states)
+        if packs is None:
+            projected = [proj(hidden_states, slices) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        else:
+            projected = torch.empty(*hidden_states.shape[:2], 3 * hidden_states.shape[2], dtype=hidden_states.dtype)
+            for start, stop, d in slices:
+                projected[start:stop] = packs[0](hidden_states[start:stop], d)
+            projected = projected.chunk(3, dim=-1)
         query, key, value = (
-            proj(hidden_states, slices).unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected
         )  # (B, H, N, D / H) each
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -135,11 +153,23 @@ class MoNEAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        context = context.flatten(2).transpose(0, 1).contiguous()  # (N, B, D)
-        return self.o_proj(context, slices), attn_weights
+        context = context.flatten(2).transpose(0, 1)  # (N, B, D)
+        if packs is None:
+            context = context.contiguous()
+            if residual is not None and is_untouched(self.o_proj):
+                return self.o_proj(context, slices, residual), attn_weights
+            update = self.o_proj(context, slices)
+            return update if residual is None else residual + widen(update, residual.shape[-1]), attn_weights
+        hidden_states = residual.clone()
+        for start, stop, d in slices:
+            hidden_states[start:stop, :, :d] += packs[1](context[start:stop], d)
+        return hidden_states, attn_weights
+
+    def projections(self):
+        return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
 
 
-class MoNEMLP(nn.Module):
+class MoNEMLP(Packable):
     """MLP whose hidden width is the same for every expert; only its input and output are nested."""
 
     def __init__(self, config: MoNEConfig):
@@ -148,16 +178,30 @@ class MoNEMLP(nn.Module):
         self.fc1 = NestedIn(config.hidden_size, config.intermediate_size)
         self.fc2 = NestedOut(config.intermediate_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
-        """(N, B, D) -> update (N, B, d of the largest expert among the slices)."""
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        slices: tuple[Slice, ...],
+        packs: tuple[PackedLinear, PackedLinear] | None = None,
+    ) -> torch.Tensor:
+        """(N, B, D) -> update (N, B, d of the largest expert among the slices). `packs` serve one expert."""
+        is_gelu = isinstance(self.activation_fn, GELUActivation)
+        if packs is not None:
+            ((_, _, d),) = slices
+            if is_gelu:
+                return packs[1](packs[0](hidden_states, d, "gelu"), d)
+            return packs[1](self.activation_fn(packs[0](hidden_states, d)), d)
         hidden_states = self.fc1(hidden_states, slices)
         # Unless a hook may have kept them for a user to see.
         in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
-        if in_place and isinstance(self.activation_fn, GELUActivation):
+        if in_place and is_gelu:
             torch.ops.aten.gelu_(hidden_states)  # in the cache; there is no public name
         else:
             hidden_states = self.activation_fn(hidden_states)
         return self.fc2(hidden_states, slices)
+
+    def projections(self):
+        return (self.fc1,), (self.fc2,)
 
 
 class MoNELayer(GradientCheckpointingLayer):
@@ -191,20 +235,23 @@ class MoNELayer(GradientCheckpointingLayer):
         feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
         slices: the experts' tokens and widths.
         """
-        x = self.layernorm_before(hidden_states)
-        update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
-        hidden_states = self._residual(hidden_states, update, feature_mask, None)
-
-        x = self.layernorm_after(hidden_states)
-        if feature_mask is not None or torch.is_grad_enabled():
+        if feature_mask is not None or torch.is_grad_enabled() or self.training:
+            x = self.layernorm_before(hidden_states)
+            update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
+            hidden_states = self._residual(hidden_states, update, feature_mask, None)
+            x = self.layernorm_after(hidden_states)
             update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
             return self._residual(hidden_states, update, feature_mask, gate)
-        # Without gradients in place, and some rows after the other: their many hidden features are read again while
+
+        # For inference in place, and some rows after the other: their many hidden features are read again while
         # they are in the cache; compilers, too, find more to fuse.
-        gate = self._drop_path(gate, hidden_states)
-        for group in groups(slices, x.shape[1]):
+        x = self.layernorm_before(hidden_states)
+        hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
+        x = self.layernorm_after(hidden_states)
+        packs = self.mlp.usable_packs(x)
+        for group in groups(slices, x.shape[1]) if packs is None else [(expert,) for expert in slices]:
             start, stop, width = group[0][0], group[-1][1], group[0][2]
-            update = self.dropout(self.mlp(x[start:stop], tuple((i - start, j - start, d) for i, j, d in group)))
+            update = self.mlp(x[start:stop], tuple((i - start, j - start, d) for i, j, d in group), packs)
             target = hidden_states[start:stop, :, :width]
             if gate is None:
                 target.add_(update)
@@ -213,9 +260,7 @@ class MoNELayer(GradientCheckpointingLayer):
         return hidden_states
 
     def _residual(self, hidden_states, update, feature_mask, gate):
-        update = self.dropout(update)
-        if update.shape[-1] < hidden_states.shape[-1]:  # the larger experts have no tokens
-            update = nn.functional.pad(update, (0, hidden_states.shape[-1] - update.shape[-1]))
+        update = widen(self.dropout(update), hidden_states.shape[-1])
         if feature_mask is not None:
             update = update * feature_mask
         gate = self._drop_path(gate, hidden_states)
@@ -334,6 +379,11 @@ def nested_encoder(
     )
 
 
+def expert_widths(config: MoNEConfig) -> list[int]:
+    """d of every expert, smallest first."""
+    return [int(config.hidden_size * width) for width in relative_widths(config.num_experts)]
+
+
 def expert_slices(config: MoNEConfig, counts: tuple[int, ...], num_prefix: int) -> tuple[Slice, ...]:
     """Contiguous slices of a sequence sorted by expert, largest first. Experts without tokens have none."""
     slices, start = [], 0
@@ -341,7 +391,7 @@ def expert_slices(config: MoNEConfig, counts: tuple[int, ...], num_prefix: int) 
         # The prefix is at full width, so that it extends the slice of the largest expert.
         stop = start + counts[expert] + (num_prefix if expert == config.num_experts - 1 else 0)
         if stop > start:
-            slices.append((start, stop, int(config.hidden_size * relative_widths(config.num_experts)[expert])))
+            slices.append((start, stop, expert_widths(config)[expert]))
         start = stop
     return tuple(slices)
 
@@ -433,36 +483,54 @@ class MoNEPatchEmbeddings(nn.Module):
 
 
 class PositionedTokens(nn.Module):
-    """Learned positions for a grid of tokens, and a class token before them where `config.pooling` is "cls"."""
+    """Learned positions for a grid of tokens, and before these the class token, if any, and the registers."""
 
     def __init__(self, config: MoNEConfig, grid: tuple[int, int]):
         super().__init__()
         self.grid = grid
-        self.num_prefix = 1 if config.pooling == "cls" else 0
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if self.num_prefix else None
-        num_positions = self.num_prefix + grid[0] * grid[1]
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.num_prefix = config.num_prefix_tokens
+        self.antialias = config.position_antialias
+        width, registers = config.hidden_size, config.num_register_tokens
+        self.num_cls = self.num_prefix - registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if self.num_cls else None
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.num_cls + grid[0] * grid[1], width))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def add_positions(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, D) -> (B, num_prefix + N, D). Positions are interpolated for another grid than the model's."""
+        batch = tokens.shape[0]
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return self.dropout(tokens + self.interpolate_positions(grid))
+            tokens = torch.cat([self.cls_token.expand(batch, -1, -1), tokens], dim=1)
+        tokens = tokens + self.interpolate_positions(grid)
+        if self.register_tokens is not None:
+            cls_token, patches = tokens.tensor_split([self.num_cls], dim=1)
+            tokens = torch.cat([cls_token, self.register_tokens.expand(batch, -1, -1), patches], dim=1)
+        return self.norm(self.dropout(tokens))
 
     def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings for a grid of (rows, columns), bicubic as in transformers' ViT."""
+        """(1, num_cls + N, D) positions for a grid of (rows, columns), bicubic as in transformers' ViT."""
         if grid == self.grid:
             return self.position_embeddings
-        prefix, patches = self.position_embeddings.tensor_split([self.num_prefix], dim=1)
-        patches = patches.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        # float32: bicubic interpolation lacks half-precision kernels on some devices.
-        patches = nn.functional.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+        return resize_positions(self.position_embeddings, self.grid, grid, self.antialias)
+
+
+def resize_positions(
+    positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
+) -> torch.Tensor:
+    """Positions of one grid of (rows, columns) for another; those before the grid's stay as they are."""
+    cls_token, patches = positions.tensor_split([positions.shape[1] - grid[0] * grid[1]], dim=1)
+    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
+    # float32: bicubic interpolation lacks half-precision kernels on some devices.
+    patches = nn.functional.interpolate(
+        patches.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return torch.cat([cls_token, patches.flatten(2).transpose(1, 2).to(cls_token.dtype)], dim=1)
 
 
 class MoNEEmbeddings(PositionedTokens):
-    """Patch and position embeddings, and the class token."""
+    """Patch and position embeddings, class and register tokens."""
 
     def __init__(self, config: MoNEConfig):
         super().__init__(config, patch_grid(config, as_pair(config.image_size)))
@@ -504,8 +572,8 @@ def check_pixel_values(
         )
 
 
-class MoNEPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, checkpoint handling and capabilities that the MoNE models share."""
+class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """Weight initialisation and capabilities that the MoNE models share."""
 
     config: MoNEConfig
     config_class = MoNEConfig
@@ -533,32 +601,31 @@ class MoNEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PositionedTokens):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
-            if module.cls_token is not None:
-                init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+            for token in (module.cls_token, module.register_tokens):
+                if token is not None:
+                    init.trunc_normal_(token, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, Router) and module.router_type != "random":
             init.zeros_(module.alpha)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it."""
-        # The class that names these files, not a subclass made elsewhere (in a notebook, by FSDP2).
-        owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
-        file = owner.__module__.split(".")[-1]
-        self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
-        super().save_pretrained(save_directory, **kwargs)
-
     def optimize_for_inference(self):
-        """Store the experts' weights in the order in which small products read them fastest, and go to eval mode.
+        """Lay the weights out for the matrix products of the experts on a CPU, and go to eval mode.
 
-        For batches of few tokens on a CPU. The outputs stay the same, at every capacity; so do state dict and saved
-        files, and the model can still be trained. Loading or converting a checkpoint undoes it.
+        The outputs stay the same at every capacity and batch size, to rounding, and so do state dict and saved files.
+        Small batches use weights stored input by input; larger ones copies packed for every expert, in float32 only,
+        which take 1.9 times the memory of the layers for four experts. `train()` frees these copies, other weights
+        or another dtype put them out of use: call it again then.
 
         Returns:
             The model itself.
         """
-        for module in self.modules():
+        widths = expert_widths(self.config)
+        for module in self.eval().modules():
             if isinstance(module, (NestedIn, NestedOut)):
                 lay_out_for_inference(module)
-        return self.eval()
+        for module in self.modules():
+            if isinstance(module, Packable):
+                module.pack(widths)
+        return self
 
     def project_alpha_(self) -> None:
         """Put every router's alpha back into [0, 1). Call it after each optimiser step (MoNETrainer does)."""
@@ -584,7 +651,8 @@ class MoNEModel(MoNEPreTrainedModel):
         self.embeddings = MoNEEmbeddings(config)
         self.routers = make_routers(config)
         self.layers = make_layers(config, config.num_hidden_layers)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        has_norm = config.final_norm != "none"
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -619,10 +687,15 @@ class MoNEModel(MoNEPreTrainedModel):
         with_router_outputs = kwargs.pop("output_router_logits", getattr(self.config, "output_router_logits", False))
         encoded = self._encode(pixel_values, capacity, generator, **kwargs, return_dict=True)
         hidden_states, attentions = restore_recorded(encoded.hidden_states, encoded.attentions, encoded.token_orders)
-        last_hidden_state = self.layernorm(encoded.last_hidden_state)
+        last_hidden_state = encoded.last_hidden_state
+        if self.config.final_norm == "tokens":
+            last_hidden_state = self.layernorm(last_hidden_state)
+        pooled = pool(self.config, last_hidden_state)
+        if self.config.final_norm == "pooled":
+            pooled = self.layernorm(pooled.unflatten(-1, (-1, self.config.hidden_size))).flatten(1)
         return MoNEModelOutput(
             last_hidden_state=last_hidden_state,
-            pooler_output=pool(self.config, last_hidden_state),
+            pooler_output=pooled,
             hidden_states=hidden_states,
             attentions=attentions,
             router_logits=encoded.router_logits if with_router_outputs else None,
@@ -655,8 +728,13 @@ def make_routers(config: MoNEConfig) -> nn.ModuleList:
 
 
 def pool(config: MoNEConfig, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, num_prefix + N, D) -> (B, D), by `config.pooling`."""
-    return tokens[:, 0] if config.pooling == "cls" else tokens.mean(dim=1)
+    """(B, num_prefix + N, D) -> (B, D), by `config.pooling`, or (B, several times D)."""
+    if config.pooling == "cls":
+        return tokens[:, 0]
+    if config.pooling == "cls_registers":
+        return tokens[:, : config.num_prefix_tokens].flatten(1)
+    mean = tokens[:, config.num_prefix_tokens :].mean(dim=1)
+    return mean if config.pooling == "mean" else torch.cat([tokens[:, 0], mean], dim=-1)
 
 
 class ClassifierMixin:
@@ -714,7 +792,7 @@ class MoNEForImageClassification(ClassifierMixin, MoNEPreTrainedModel):
 
 
 def make_classifier(config: MoNEConfig) -> nn.Module:
-    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+    return nn.Linear(config.pooled_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
 
 def classification_loss(

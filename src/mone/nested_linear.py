@@ -51,9 +51,18 @@ class NestedIn(nn.Linear):
 class NestedOut(nn.Linear):
     """Out-projection: the first d features of an expert's tokens are `weight[:d] x[n] + bias[:d]`, the rest 0."""
 
-    def forward(self, x: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
-        """(N, B, I) -> (N, B, d of the largest expert among the slices)."""
+    def forward(
+        self, x: torch.Tensor, slices: tuple[Slice, ...], residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(N, B, I) -> (N, B, d of the largest expert among the slices).
+
+        With a `residual` (N, B, D), which needs that no gradients are taken, it is added: the result is (N, B, D).
+        """
         width = slices[0][2]
+        if residual is not None:
+            if not is_traced() and not _autocasts(x.device):
+                return add_expanded(residual, x, self.weight.t(), self.bias, slices)
+            return residual + widen(self(x, slices), residual.shape[-1])
         if len(slices) == 1:
             return nn.functional.linear(x, self.weight[:width], self.bias[:width])
         if is_traced():
@@ -76,17 +85,32 @@ def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
     module.weight.data = module.weight.data.t().contiguous().t()
 
 
+def widen(update: torch.Tensor, width: int) -> torch.Tensor:
+    """(N, B, d) -> (N, B, width), with zeros where the larger experts have no tokens."""
+    missing = width - update.shape[-1]
+    return nn.functional.pad(update, (0, missing)) if missing else update
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody listens to this projection (hooks) or has put another in its place (adapters)."""
+    return type(module) in (NestedIn, NestedOut) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_traced() -> bool:
     """Whether a compiler looks on: it plans memory itself, and gets the same products as plain operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which the meta device does not know
+
+
 def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """What autocast does to the operands of a linear layer, which it does not know these to be."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which the meta device does not know
+    device = tensors[0].device
+    if not _autocasts(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
@@ -150,6 +174,21 @@ def expand(
             torch.addmm(bias[low:high], rows, part, out=out)
     for start, stop, d in slices:
         y[start:stop, :, d:].zero_()
+    return y
+
+
+def add_expanded(
+    residual: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, slices: tuple[Slice, ...]
+) -> torch.Tensor:
+    """`residual + expand(x, ...)`, (N, B, D), without a tensor for what is added."""
+    y = torch.empty_like(residual)
+    for start, stop, d in slices:
+        torch.add(residual[start:stop, :, :d], bias[:d], out=y[start:stop, :, :d])
+        y[start:stop, :, d:] = residual[start:stop, :, d:]
+    inputs, outputs = x.flatten(0, 1), y.flatten(0, 1)
+    for start, stop, low, high in blocks(slices, x.shape[1]):
+        out = outputs[start:stop, low:high]
+        torch.addmm(out, inputs[start:stop], matrix[:, low:high], out=out)
     return y
 
 

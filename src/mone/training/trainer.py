@@ -1,14 +1,21 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """transformers' Trainer with a capacity for every step and every evaluation."""
 
+import contextlib
 import random
+import shutil
 import time
+from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer, TrainerCallback
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import speed_metrics
 
 from ..capacity import relative_widths
+from ..checkpoints import is_written_by_hand
 from ..flops import count_macs
 from ..modeling_mone import classification_loss
 from ..routing import Router
@@ -25,6 +32,11 @@ class MoNECallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.project_alpha_()
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        # Of a checkpoint Trainer pushes weights and config, but not the code that the config names.
+        if state.is_world_process_zero:
+            custom_object_save(model, args.output_dir)
 
 
 class MoNETrainer(Trainer):
@@ -148,6 +160,17 @@ class MoNETrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As Trainer's, unless output folder or the repo pushed to have a card that is no such draft: it stays."""
+        if not self.is_world_process_zero():
+            return
+        card = Path(self.args.output_dir) / "README.md"
+        if self.hub_model_id is not None and not card.exists():
+            with contextlib.suppress(EntryNotFoundError):
+                shutil.copyfile(hf_hub_download(self.hub_model_id, card.name, token=self.args.hub_token), card)
+        if not is_written_by_hand(card):
+            super().create_model_card(*args, **kwargs)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]

@@ -1,58 +1,18 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Pretrained vision transformers -> MoNE, and image MoNE -> video MoNE."""
+"""Image MoNE -> video MoNE."""
 
 import torch
-from transformers import ViTForImageClassification
 
-from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
-from .modeling_mone import MoNEForImageClassification, patch_grid
-from .modeling_mone_vivit import MoNEViViTForVideoClassification
-
-
-# Of every config, beside the fields of its model.
-LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
-
-
-def mone_from_vit(vit: ViTForImageClassification, **config) -> MoNEForImageClassification:
-    """A MoNE that is exactly `vit` at capacity 1.0, with fresh routers.
-
-    The weights map by prefix alone (`vit.` -> `mone.`). The class token stays, and is what the classifier reads.
-
-    Args:
-        vit: a ViT classifier of transformers.
-        config: fields of [`MoNEConfig`] to set, such as `num_experts`, `router_layers` or `capacity`.
-
-    Raises:
-        TypeError: for a name that is no field.
-        ValueError: if the width is not divisible by 2**(num_experts - 1), or a weight has no counterpart.
-    """
-    unknown = sorted(set(config) - set(MoNEConfig.__annotations__))
-    if unknown:
-        raise TypeError(f"{unknown} are no fields of MoNEConfig; allowed are {sorted(MoNEConfig.__annotations__)}.")
-    if config.get("pooling", "cls") != "cls":
-        raise ValueError(f"pooling={config['pooling']!r}: a ViT classifier reads its class token, pooling='cls'.")
-    shared = {name: value for name, value in vit.config.to_dict().items() if name in MoNEConfig.__annotations__}
-    names = {name: getattr(vit.config, name) for name in ("id2label", "label2id", "problem_type")}
-    model = MoNEForImageClassification._from_config(
-        MoNEConfig(**{**shared, **names, "pooling": "cls", **config}),
-        attn_implementation=vit.config._attn_implementation,
-        dtype=vit.dtype,
-    )
-    weights = {
-        "mone." + key.removeprefix("vit.") if key.startswith("vit.") else key: value
-        for key, value in vit.state_dict().items()
-    }
-    result = model.load_state_dict(weights, strict=False)
-    missing = [key for key in result.missing_keys if ".routers." not in key]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"Weights of {type(vit).__name__} missing: {missing}; without counterpart: {result.unexpected_keys}."
-        )
-    return model.to(vit.device).train(vit.training)
+from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
+from ..modeling_mone_vivit import MoNEViViTForVideoClassification
+from .tower import LABEL_FIELDS, check_fields
 
 
 @torch.no_grad()
-def mone_vivit_from_mone(image_model: MoNEForImageClassification, **config) -> MoNEViViTForVideoClassification:
+def mone_vivit_from_mone(
+    image_model: MoNEForImageClassification | MoNEModel, **config
+) -> MoNEViViTForVideoClassification:
     """A video model that starts from an image model, as ViViT does (Arnab et al., 2021; Scenic, `projects/vivit`).
 
     The spatial encoder gets the image model's layers, routers, class token and positions, resized where its frames
@@ -69,9 +29,7 @@ def mone_vivit_from_mone(image_model: MoNEForImageClassification, **config) -> M
         ValueError: names the weights for which the image model has none of the same shape.
     """
     known = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
-    unknown = sorted(set(config) - known)
-    if unknown:
-        raise TypeError(f"{unknown} are no fields of MoNEViViTConfig; allowed are {sorted(known)}.")
+    check_fields(config, known, "MoNEViViTConfig")
     source = image_model.config
     of_image = {name: getattr(source, name) for name in MoNEConfig.__annotations__ if name != "patch_size"}
     tubelet_size = (2, *as_pair(source.patch_size))
@@ -80,7 +38,7 @@ def mone_vivit_from_mone(image_model: MoNEForImageClassification, **config) -> M
         attn_implementation=source._attn_implementation,
         dtype=image_model.dtype,
     )
-    video, image = model.mone_vivit, image_model.mone
+    video, image = model.mone_vivit, image_model.base_model
     if video.spatial.num_prefix > image.embeddings.num_prefix:
         raise ValueError("pooling='cls' needs an image model that has a class token; pooling='mean' does not.")
 

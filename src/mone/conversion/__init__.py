@@ -1,0 +1,21 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Pretrained vision transformers -> MoNE, and image MoNE -> video MoNE."""
+
+from .channel_order import order_channels
+from .image import load_image_model, load_image_model_and_processor, mone_from_vit
+from .processors import fit_image_processor, load_image_processor, make_video_processor
+from .sources import check_source
+from .video import mone_vivit_from_mone
+
+
+__all__ = [
+    "check_source",
+    "fit_image_processor",
+    "load_image_model",
+    "load_image_model_and_processor",
+    "load_image_processor",
+    "make_video_processor",
+    "mone_from_vit",
+    "mone_vivit_from_mone",
+    "order_channels",
+]

@@ -1,0 +1,137 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Any plain pre-norm ViT -> MoNE."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedModel
+
+from ..modeling_mone import MoNEForImageClassification, MoNEModel
+from ..modeling_mone_vivit import MoNEViViTForVideoClassification
+from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
+from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
+from .sources import check_source, load_all, load_pretrained, read_weights
+from .state_dicts import infer_config
+from .timm_vits import from_timm
+from .tower import LABEL_FIELDS, Tower, build_image_model
+from .transformers_vits import from_transformers
+
+
+Source = nn.Module | Mapping | str | Path
+MoNE = MoNEForImageClassification | MoNEModel | MoNEViViTForVideoClassification
+
+
+def mone_from_vit(
+    source: Source,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    **config,
+) -> MoNE:
+    """A MoNE that is exactly the source at capacity 1.0, with fresh routers.
+
+    Sources and what becomes of them (`transformers_vits.FAMILIES` lists the former's types):
+
+    - transformers' ViT (DINO's, too), DeiT, MSN, MAE's encoder, I-JEPA, DINOv2 with and without registers, CLIP and
+      SigLIP. With a classifier they become a [`MoNEForImageClassification`] with its labels; without one, a
+      [`MoNEModel`]. DeiT's two averaged heads become one that reads both tokens, DINOv2's reads class token and mean.
+      Of CLIP and SigLIP the image tower is converted; poolers, attention pooling and text towers are left behind.
+    - timm's `VisionTransformer`, as a model, a state dict or a checkpoint on the Hub.
+    - Flax parameters of Scenic: ViT, MatViT and AugReg's `.npz`; those of ViViT-FE become the video model.
+    - The DINOv2 backbone in an ONNX file.
+
+    Stochastic depth and dropout come along as rates; training with them differs in detail.
+
+    Args:
+        source: a model; a state dict or nested dict of arrays; a file of weights (.safetensors, .bin, .pth, .npz,
+            .onnx); a folder or a name on the Hub. A bare state dict does not show everything: heads are taken to have
+            64 features, and the rest to be the architecture's default, unless `config` says otherwise.
+        revision, token, cache_dir: for the Hub, as in `from_pretrained`.
+        config: fields of [`MoNEConfig`] to set, such as `num_experts`, `router_layers` or `capacity`. Another
+            `image_size` resizes the positions; labels (`num_labels`, `id2label`) of another number bring a new
+            classifier; without one, `pooling` may change, too: with "mean" the class token becomes a register.
+
+    Returns:
+        The model; in evaluation mode, unless the source is a model in training.
+
+    Raises:
+        TypeError: for a name that is no field.
+        ValueError: names an architecture that cannot be mapped, and why; lists keys that are missing, have no
+            counterpart or another shape; or if the width is not divisible by 2**(num_experts - 1).
+    """
+    name = str(source) if isinstance(source, (str, Path)) else f"this {type(source).__name__}"
+    if isinstance(source, (str, Path)):
+        path, hub = Path(source), {"revision": revision, "token": token, "cache_dir": cache_dir}
+        source = read_weights(path) if path.is_file() else load_pretrained(source, **hub).eval()
+    if isinstance(source, nn.Module):
+        attention = source.config._attn_implementation if isinstance(source, PreTrainedModel) else None
+        model = build_image_model(tower_of_model(source, name), attention, **config)
+        return model.to(next(source.parameters()).device).train(source.training)
+    state = flatten(source)
+    if is_factorised(state):
+        return vivit_from_scenic(state, name, **config).eval()
+    return build_image_model(tower_of_state(state, name, config), **config).eval()
+
+
+def tower_of_model(model: nn.Module, name: str) -> Tower:
+    """The tower of a model of transformers or timm."""
+    timm_model = getattr(model, "timm_model", model)  # transformers wraps it
+    if isinstance(model, PreTrainedModel) and timm_model is model:
+        return from_transformers(model.config, model.state_dict(), name)
+    if not hasattr(timm_model, "blocks") or not hasattr(timm_model, "patch_embed"):
+        raise ValueError(f"A {type(timm_model).__name__} cannot become a MoNE: it is no ViT of transformers or timm.")
+    tower = from_timm(timm_model.state_dict(), name, timm_model)
+    if "num_labels" in tower.fields and isinstance(model, PreTrainedModel):
+        tower.fields.update({key: getattr(model.config, key) for key in LABEL_FIELDS if key != "num_labels"})
+        del tower.fields["num_labels"]
+    return tower
+
+
+def tower_of_state(state: Mapping[str, torch.Tensor], name: str, config: Mapping) -> Tower:
+    """The tower of a flat state dict, by its keys."""
+    heads = config.get("num_attention_heads")
+    if any("/" in key for key in state):
+        return from_scenic(state, name)
+    if any(key.startswith("blocks.0.") for key in state):
+        return from_timm(state, name, num_attention_heads=heads)
+    return from_transformers(infer_config(state, heads), state, name)
+
+
+def load_image_model(source: str | Path, **options) -> MoNE:
+    """An image MoNE from its own checkpoint, or made from any source that [`mone_from_vit`] takes.
+
+    Args:
+        source: a folder, a name on the Hub or a file of weights.
+        options: as in [`mone_from_vit`].
+    """
+    config = check_source(source, **_hub(options))
+    if config is None or config.model_type != "mone":
+        return mone_from_vit(source, **options)
+    # Another number of classes than the checkpoint's gets a new classifier.
+    return load_all(MoNEForImageClassification, source, re.compile(r"^classifier\."), **options)
+
+
+def load_image_model_and_processor(
+    source: str | Path, **options
+) -> tuple[MoNE, BaseImageProcessor | BaseVideoProcessor]:
+    """[`load_image_model`] with the source's image processor, both of one image size.
+
+    That is `image_size` where it is given, else the processor's: DINOv2's positions are for images of 518 pixels,
+    and its processor makes 224. A ViViT-FE comes with a video processor.
+    """
+    processor = load_image_processor(source, **_hub(options))
+    size = None if processor is None else output_size(processor)
+    if size is not None:
+        options = {"image_size": size, **options}
+    model = load_image_model(source, **options)
+    if isinstance(model, MoNEViViTForVideoClassification):
+        return model, make_video_processor(model.config)
+    return model, fit_image_processor(processor, source, model.config)
+
+
+def _hub(options: Mapping) -> dict:
+    return {key: options.get(key) for key in ("revision", "token", "cache_dir")}

@@ -1,0 +1,81 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""The image processor of a source, fitted to the model that is made of it."""
+
+import logging
+from pathlib import Path
+
+from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from ..video_processing_mone import MoNEViViTVideoProcessor
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_image_processor(source: str | Path, **hub) -> BaseImageProcessor | None:
+    """The image processor beside a checkpoint; None where there is none."""
+    folder = Path(source).parent if Path(source).is_file() else Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("preprocessor_config.json", "config.json")):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(folder if folder.is_dir() else source, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        logger.info("%s has no image processor: %s", source, error)
+        return None
+
+
+def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
+    """(height, width) of the images that a processor makes; None where they differ."""
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    size = dict(size or {})
+    if size.get("height") and size.get("width"):
+        return (size["height"], size["width"])
+    return None
+
+
+def fit_image_processor(
+    processor: BaseImageProcessor | None, source: str | Path, config: MoNEConfig
+) -> BaseImageProcessor:
+    """The processor, set to make images of the model's size; a new one where the source has none."""
+    height, width = as_pair(config.image_size)
+    size = {"height": height, "width": width}
+    if processor is None:
+        dinov2 = str(source).endswith(".onnx")
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if dinov2 else ([0.5] * 3, [0.5] * 3)
+        logger.warning(
+            "%s has no image processor. The new one normalises with mean %s and standard deviation %s: check that "
+            "the model was trained with these.",
+            *(source, mean, std),
+        )
+        return ViTImageProcessor(size=size, image_mean=mean, image_std=std)
+    before = output_size(processor)
+    if before == (height, width):
+        return processor
+    if getattr(processor, "do_center_crop", False):
+        scale = max(height, width) / max(before)
+        processor.size = type(processor.size)(**{k: round(v * scale) for k, v in dict(processor.size).items() if v})
+        processor.crop_size = type(processor.crop_size)(**size)
+    else:
+        processor.size = type(processor.size)(**size)
+    return processor
+
+
+def make_video_processor(
+    config: MoNEViViTConfig, image_processor: BaseImageProcessor | None = None, **options
+) -> MoNEViViTVideoProcessor:
+    """A video processor for a model, which normalises as the image processor that its image model had.
+
+    Args:
+        options: of the video processor, such as `sampling`.
+    """
+    height, width = as_pair(config.image_size)
+    if image_processor is not None:
+        options = {"image_mean": image_processor.image_mean, "image_std": image_processor.image_std, **options}
+    return MoNEViViTVideoProcessor(
+        size={"shortest_edge": round(256 / 224 * max(height, width))},  # ViViT's
+        crop_size={"height": height, "width": width},
+        num_frames=config.num_frames,
+        **options,
+    )

@@ -1,0 +1,113 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Where a ViT may come from: a folder, the Hub, a file of weights."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .onnx_dinov2 import read_onnx
+from .transformers_vits import LEFT, check_family
+
+
+# What readers raise for a file that is cut short or of another kind.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError)
+
+
+def read_weights(file: Path) -> Mapping:
+    """The weights in a file: .safetensors, .npz, .onnx, or one that torch saved.
+
+    Raises:
+        ValueError: names a file that is cut short, or is none of these.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        if file.suffix == ".onnx":
+            return read_onnx(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (*UNREADABLE, OSError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read as weights; it may be cut short: {error}") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{file} holds a {type(content).__name__} and no state dict.")
+    return content
+
+
+def check_source(source: str | Path, **hub) -> PreTrainedConfig | None:
+    """The config of a checkpoint that can become an image MoNE or is one; None for a file of weights.
+
+    Raises:
+        ValueError: names the architecture that cannot be mapped, and why.
+    """
+    if Path(source).is_file():
+        return None
+    config = AutoConfig.from_pretrained(source, **hub)
+    if config.model_type != "mone":
+        check_family(config)
+    return config
+
+
+def load_pretrained(source: str | Path, **hub) -> PreTrainedModel:
+    """A ViT of transformers, or one of timm in transformers' wrapper.
+
+    Raises:
+        ValueError: names the architecture that cannot be mapped, and why; or as [`load_all`].
+    """
+    config = AutoConfig.from_pretrained(source, **hub)
+    check_family(config)  # before the weights are fetched
+    model_class = getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
+    if config.model_type == "timm_wrapper":
+        model_class = AutoModelForImageClassification if config.num_labels else AutoModel
+    return load_all(model_class, source, LEFT, **hub)
+
+
+def load_all(model_class: type, source: str | Path, left: re.Pattern, **options) -> PreTrainedModel:
+    """`model_class.from_pretrained`, whose weights are all the checkpoint's.
+
+    Args:
+        left: finds the keys that may be missing or of another shape, and are new then.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: lists the keys that are missing, too many or of another shape, where transformers would only warn
+            and make up values.
+    """
+    try:
+        model, info = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except UNREADABLE as error:
+        raise ValueError(f"The weights of {source} cannot be read; they may be cut short: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if not left.search(key))
+    extra = sorted(info["unexpected_keys"])
+    shapes = [
+        f"{key} {tuple(have)} instead of {tuple(want)}"
+        for key, have, want in sorted(info["mismatched_keys"])
+        if not left.search(key)
+    ]
+    if missing or extra or shapes:
+        raise ValueError(
+            f"The weights of {source} do not fit {type(model).__name__}. Missing: {missing}; without counterpart: "
+            f"{extra}; of another shape: {shapes}."
+        )
+    return model

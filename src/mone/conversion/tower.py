@@ -1,0 +1,129 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""What every source is read into, a plain ViT in MoNE's terms, and the model that is built from it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..configuration_mone import MoNEConfig, as_pair
+from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid, resize_positions
+from .folding import cls_token_to_register, num_registers
+
+
+logger = logging.getLogger(__name__)
+
+# Of every config, beside the fields of its model.
+LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+@dataclass
+class Tower:
+    """A pre-norm ViT whose weights have the names, shapes and layout of [`MoNEModel`]'s.
+
+    Args:
+        name: of the source, for messages.
+        fields: of [`MoNEConfig`], and of the labels where it has a classifier.
+        weights: state dict of `MoNEModel` without routers, and `classifier.weight` and `.bias` for the pooled tokens.
+        left: keys of the source that a MoNE has no use for, such as a pooler or a text tower.
+    """
+
+    name: str
+    fields: dict
+    weights: dict[str, torch.Tensor]
+    left: list[str] = field(default_factory=list)
+
+
+def check_fields(config: Mapping, allowed: set[str], config_class: str) -> None:
+    """Raise TypeError for a name that is no field."""
+    unknown = sorted(set(config) - allowed)
+    if unknown:
+        raise TypeError(f"{unknown} are no fields of {config_class}; allowed are {sorted(allowed)}.")
+
+
+def build_image_model(
+    tower: Tower, attn_implementation: str | None = None, **config
+) -> MoNEForImageClassification | MoNEModel:
+    """The MoNE that is exactly `tower` at capacity 1.0, with fresh routers.
+
+    A classifier where the tower has one or `config` gives labels. The tower's own is kept if the number of labels
+    stays the same; else it is new.
+
+    Args:
+        config: fields of [`MoNEConfig`] to set. Another `image_size` resizes the positions, once and for all.
+
+    Raises:
+        TypeError: for a name that is no field.
+        ValueError: lists the keys that are missing, have no counterpart or another shape.
+    """
+    check_fields(config, {*MoNEConfig.__annotations__, *LABEL_FIELDS}, "MoNEConfig")
+    weights, fields = dict(tower.weights), {**tower.fields, **config}
+    new_labels = {"id2label", "num_labels"} & set(config)
+    if new_labels:
+        fields = {k: v for k, v in fields.items() if k not in LABEL_FIELDS or k in config}
+        count = len(config["id2label"]) if "id2label" in config else config["num_labels"]
+        if "classifier.weight" in weights and weights["classifier.weight"].shape[0] == count:
+            fields = {**{k: tower.fields[k] for k in LABEL_FIELDS if k in tower.fields}, **fields}
+        else:
+            weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
+    has_head = "classifier.weight" in weights
+    if fields["pooling"] != tower.fields["pooling"]:
+        if has_head:
+            raise ValueError(
+                f"pooling={fields['pooling']!r}: the classifier of {tower.name} reads "
+                f"pooling={tower.fields['pooling']!r}. Another number of labels gives it a new one."
+            )
+        if tower.fields["pooling"] == "mean":
+            raise ValueError(f"pooling={fields['pooling']!r}: {tower.name} reads no class token.")
+        if fields["pooling"] == "mean":
+            cls_token_to_register(weights)
+            fields["num_register_tokens"] = num_registers(weights)
+
+    mone_config = MoNEConfig(**fields)
+    grids = [patch_grid(mone_config, as_pair(size)) for size in (tower.fields["image_size"], mone_config.image_size)]
+    positions = weights.get("embeddings.position_embeddings")
+    if positions is not None and grids[0] != grids[1]:
+        num_cls = int("embeddings.cls_token" in weights)
+        if positions.shape[1] == num_cls + grids[0][0] * grids[0][1]:  # else it is reported below
+            weights["embeddings.position_embeddings"] = resize_positions(
+                positions, grids[0], grids[1], mone_config.position_antialias
+            )
+
+    model_class = MoNEForImageClassification if has_head or new_labels else MoNEModel
+    model = model_class._from_config(
+        mone_config,
+        dtype=weights["embeddings.patch_embeddings.projection.weight"].dtype,
+        attn_implementation=attn_implementation,
+    )
+    if model_class is MoNEForImageClassification:
+        weights = {k if k.startswith("classifier.") else f"mone.{k}": v for k, v in weights.items()}
+    new = ("routers.", "mone.routers.") if has_head else ("routers.", "mone.routers.", "classifier.")
+    load(model, weights, new, tower.name)
+    if tower.left:
+        logger.warning("Left behind of %s, since a MoNE has no such part: %s", tower.name, ", ".join(tower.left))
+    return model
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], new: tuple[str, ...], name: str) -> None:
+    """Copy `weights` into `model`, all but those whose names start with one of `new`.
+
+    Raises:
+        ValueError: lists the keys that are missing, have no counterpart or another shape; nothing was copied then.
+    """
+    state = model.state_dict()
+    missing = [key for key in state if key not in weights and not key.startswith(new)]
+    extra = [key for key in weights if key not in state]
+    shapes = [
+        f"{key} {tuple(value.shape)} instead of {tuple(state[key].shape)}"
+        for key, value in weights.items()
+        if key in state and value.shape != state[key].shape
+    ]
+    if missing or extra or shapes:
+        raise ValueError(
+            f"The weights of {name} do not fit. Missing: {missing}; without counterpart: {extra}; "
+            f"of another shape: {shapes}."
+        )
+    for key, value in weights.items():
+        state[key].copy_(value)

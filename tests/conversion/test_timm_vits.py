@@ -1,0 +1,134 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""timm's ViTs -> MoNE: the same function at capacity 1.0."""
+
+import pytest
+import torch
+from vits import randomise
+
+from mone import MoNEForImageClassification
+from mone.conversion import mone_from_vit
+
+
+timm = pytest.importorskip("timm")
+
+TINY = {"embed_dim": 64, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
+VARIANTS = {
+    "plain": {},
+    "mean of the patches": {"global_pool": "avg"},
+    "mean, normed before": {"global_pool": "avg", "fc_norm": False},
+    "no class token": {"global_pool": "avg", "class_token": False},
+    "registers": {"reg_tokens": 3},
+    "registers without positions": {"reg_tokens": 3, "no_embed_class": True},
+    "registers alone": {"reg_tokens": 4, "class_token": False, "global_pool": "avg", "no_embed_class": True},
+    "layer scale": {"init_values": 0.1, "no_embed_class": True},
+    "clip": {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": "layernorm", "qkv_bias": False},
+    "no final norm": {"final_norm": False},
+    "oblong": {"img_size": (32, 48), "patch_size": (8, 16)},
+    "features": {"num_classes": 0},
+}
+
+
+def make_timm(name="vit_tiny_patch16_224", **fields):
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name, dynamic_img_size=True, **{**TINY, **fields}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_is_the_same_at_capacity_one(variant):
+    vit = make_timm(**VARIANTS[variant])
+    model = mone_from_vit(vit, router_layers=(1,))
+    for size in (vit.patch_embed.img_size, (48, 64)):
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            output = model(pixel_values, interpolate_pos_encoding=True)
+            output = output.logits if "logits" in output else output.pooler_output
+            torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"mean, normed before", "oblong", "clip"}))
+def test_a_state_dict_is_the_same_at_capacity_one(variant):
+    vit = make_timm(**VARIANTS[variant])
+    model = mone_from_vit(vit.state_dict(), num_attention_heads=2)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        output = model(pixel_values)
+        output = output.logits if "logits" in output else output.pooler_output
+        torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("as_state_dict", [False, True])
+def test_both_heads_of_a_distilled_deit(as_state_dict):
+    vit = make_timm("deit_tiny_distilled_patch16_224")
+    model = mone_from_vit(vit.state_dict() if as_state_dict else vit, num_attention_heads=2)
+    assert model.config.pooling == "cls_registers"
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+def test_attention_pooling_is_left_behind(caplog):
+    vit = make_timm(global_pool="map", class_token=False)
+    model = mone_from_vit(vit)
+    assert not isinstance(model, MoNEForImageClassification)
+    assert "attn_pool.latent" in caplog.text and "head.weight" in caplog.text
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = vit.forward_features(pixel_values)
+        torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
+def test_registers_without_positions_beside_a_class_token_with_one():
+    """DINOv2's own state dicts."""
+    vit = make_timm(reg_tokens=3)
+    state = vit.state_dict()
+    state["register_tokens"] = state.pop("reg_token")
+    positions = state["pos_embed"]
+    state["pos_embed"] = torch.cat([positions[:, :1], positions[:, 4:]], dim=1)
+    state["mask_token"] = torch.zeros(1, 64)
+    vit.pos_embed.data[:, 1:4] = 0
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        output = mone_from_vit(state, num_attention_heads=2)(pixel_values).logits
+        torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qk_norm": True}, r"without counterpart: .*q_norm\.weight"),
+        ({"global_pool": "max"}, "global_pool='max'"),
+        ({"pos_embed": "none"}, "no pos_embed"),
+        ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
+        ({"act_layer": "elu"}, "activation ELU"),
+        ({"mlp_layer": timm.layers.SwiGLU, "act_layer": "silu"}, r"activation SiLU"),
+    ],
+)
+def test_what_cannot_be_mapped(fields, message):
+    with pytest.raises(ValueError, match=message):
+        mone_from_vit(make_timm(**fields))
+
+
+def test_a_state_dict_does_not_show_its_heads():
+    state = make_timm(embed_dim=48, num_heads=3).state_dict()
+    with pytest.raises(ValueError, match="width of 48 has: give num_attention_heads"):
+        mone_from_vit(state)
+    assert mone_from_vit(state, num_attention_heads=3).config.num_attention_heads == 3
+
+
+def test_a_model_of_another_kind():
+    with pytest.raises(ValueError, match="ResNet cannot become a MoNE"):
+        mone_from_vit(timm.create_model("resnet10t"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224", "deit_base_distilled_patch16_224", "vit_base_patch32_clip_224"]
+)
+def test_the_same_at_base_size(name):
+    vit = randomise(timm.create_model(name, dynamic_img_size=True))
+    model = mone_from_vit(vit)
+    for size in (224, 160):
+        pixel_values = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            output = model(pixel_values, interpolate_pos_encoding=True).logits
+            torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,169 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""scripts/convert.py as a user runs it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    AutoVideoProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from mone import MoNEForImageClassification, MoNEModel
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import convert
+
+
+@pytest.fixture
+def dinov2(tmp_path):
+    """A DINOv2 classifier, whose processor makes smaller images than its positions are for."""
+    config = Dinov2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        id2label={0: "cat", 1: "dog", 2: "emu"},
+        label2id={"cat": 0, "dog": 1, "emu": 2},
+    )
+    torch.manual_seed(0)
+    model = Dinov2ForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "dinov2")
+    ViTImageProcessor(size={"height": 24, "width": 24}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
+        tmp_path / "dinov2"
+    )
+    return tmp_path / "dinov2"
+
+
+@pytest.fixture
+def image():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("order", ["none", "weights", "activations"])
+def test_the_folder_classifies_as_the_source_does(tmp_path, dinov2, image, order):
+    options = ["--channel_order", order]
+    if order == "activations":
+        (tmp_path / "photos" / "deep").mkdir(parents=True)
+        image.save(tmp_path / "photos" / "deep" / "one.PNG")
+        options += ["--images", str(tmp_path / "photos")]
+    convert.main([str(dinov2), str(tmp_path / "new" / "mone"), *options, "--config_overrides", "num_experts=3"])
+    pixel_values = AutoImageProcessor.from_pretrained(dinov2)(image, return_tensors="pt").pixel_values
+    folder = tmp_path / "new" / "mone"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert isinstance(model, MoNEForImageClassification) and model.config.num_experts == 3
+    with torch.no_grad():
+        expected = Dinov2ForImageClassification.from_pretrained(dinov2)(pixel_values).logits
+        torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
+    scores = {row["label"]: row["score"] for row in pipeline("image-classification", str(folder))(image)}
+    for label, score in zip(["cat", "dog", "emu"], expected.softmax(-1)[0].tolist(), strict=True):
+        assert scores[label] == pytest.approx(score, abs=1e-5)
+    assert (folder / "modeling_mone.py").exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["mone"]
+
+
+def test_to_video(tmp_path, dinov2):
+    """From a ViT and from the MoNE made of it: the same spatial encoder."""
+    backbone = tmp_path / "backbone"
+    Dinov2Model.from_pretrained(dinov2).save_pretrained(backbone)
+    shutil.copy(dinov2 / "preprocessor_config.json", backbone)
+    convert.main([str(backbone), str(tmp_path / "mone")])
+    options = ["--video", "--config_overrides", "num_frames=4,image_size=16", "--num_labels", "5"]
+    convert.main([str(backbone), str(tmp_path / "one"), *options])
+    convert.main([str(tmp_path / "mone"), str(tmp_path / "two"), *options])
+    one, two = (AutoModelForVideoClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert (one.config.num_labels, one.config.num_frames, one.config.image_size) == (5, 4, 16)
+    image_model = MoNEModel.from_pretrained(tmp_path / "mone")
+    for model in (one, two):
+        for key, value in image_model.layers.state_dict().items():
+            assert torch.equal(model.mone_vivit.spatial.layers.state_dict()[key], value)
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "one")
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3] and processor.num_frames == 4
+    with pytest.raises(ValueError, match="'mone_vivit' model cannot become a MoNE"):
+        convert.main([str(tmp_path / "one"), str(tmp_path / "three"), "--video"])
+
+
+def test_a_destination_with_files_is_left_alone_without_overwrite(tmp_path, dinov2, capsys):
+    destination = tmp_path / "mone"
+    destination.mkdir()
+    convert.main([str(dinov2), str(destination)])  # an empty one is fine
+    before = files(destination)
+    with pytest.raises(SystemExit):
+        convert.main([str(dinov2), str(destination)])
+    assert "has files already" in capsys.readouterr().err
+    assert files(destination) == before
+    (destination / "stale.txt").touch()
+    convert.main([str(dinov2), str(destination), "--overwrite", "--config_overrides", "capacity=0.5"])
+    assert json.loads((destination / "config.json").read_text())["capacity"] == 0.5
+    assert not (destination / "stale.txt").exists()
+
+
+def test_an_error_leaves_nothing_behind(tmp_path, dinov2, monkeypatch):
+    weights = load_file(dinov2 / "model.safetensors")
+    weights["classifier.extra"] = torch.zeros(1)
+    save_file(weights, dinov2 / "model.safetensors", metadata={"format": "pt"})
+    destination = tmp_path / "out" / "mone"
+    with pytest.raises(ValueError, match=r"classifier\.extra"):
+        convert.main([str(dinov2), str(destination)])
+    del weights["classifier.extra"]
+    save_file(weights, dinov2 / "model.safetensors", metadata={"format": "pt"})
+    convert.main([str(dinov2), str(destination)])
+    before = files(tmp_path / "out")
+
+    def full_disk(self, folder, **kwargs):
+        (Path(folder) / "preprocessor_config.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(ViTImageProcessor, "save_pretrained", full_disk)
+    for options in (["--overwrite"], []):
+        with pytest.raises(OSError, match="No space left"):
+            convert.main([str(dinov2), str(destination if options else tmp_path / "out" / "second"), *options])
+        assert files(tmp_path / "out") == before
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["mone"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--channel_order", "activations"], "--channel_order activations and --images belong together"),
+        (["--images", "x"], "--channel_order activations and --images belong together"),
+        (["--channel_order", "best"], "invalid choice"),
+    ],
+)
+def test_options_that_do_not_fit_together(tmp_path, dinov2, capsys, options, message):
+    with pytest.raises(SystemExit):
+        convert.main([str(dinov2), str(tmp_path / "mone"), *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "mone").exists()
+
+
+def test_images_that_are_not_there(tmp_path, dinov2):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no images"):
+        convert.main(
+            [str(dinov2), str(tmp_path / "m"), "--channel_order", "activations", "--images", str(tmp_path / "empty")]
+        )
