@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each variant; default: %(default)s")
+    parser.add_argument("--onnx_dir", type=Path, help="keep ONNX files there, to use them again; default: do not")
     parser.add_argument("--output_dir", type=Path, help="for results.json and speed.png; default: print only")
     args = parser.parse_args(argv)
     if args.threads:
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 device=args.device,
                 dtype=getattr(torch, args.dtype),
                 rounds=args.rounds,
+                onnx_dir=args.onnx_dir,
             )
             for row in rows:
                 row["name"] = name
@@ -89,8 +91,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 def line_of(row: dict) -> str:
     efficiency = f"{row['efficiency']:.2f}"
-    if "efficiency_compiled" in row:
-        efficiency += f" ({row['efficiency_compiled']:.2f} against compiled dense)"
+    if f"efficiency_{row['mode']}" in row:
+        efficiency += f" ({row['efficiency_' + row['mode']]:.2f} against dense in this mode)"
     cells = (
         f"{row['name']} {row['model']}",
         row["mode"],
@@ -100,10 +102,10 @@ def line_of(row: dict) -> str:
         f"{row['milliseconds']:.1f}",
         f"{row['spread']:.1%}",
         f"{row['per_second']:.1f}",
-        f"compiled in {row['compile_seconds']:.0f} s" if row["mode"] == "compiled" else f"{row['peak_megabytes']:.0f}",
+        "" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}",
         f"{row['reduction']:.2f}x",
         f"{row['speedup']:.2f}x",
-        efficiency,
+        efficiency + (f" compiled in {row['compile_seconds']:.0f} s" if "compile_seconds" in row else ""),
     )
     return " | ".join(cells)
 

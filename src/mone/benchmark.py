@@ -5,10 +5,15 @@ The measure is the *efficiency*: the speed-up over the dense model divided by th
 1 means that every saved multiplication is felt; the paper reached 0.84 on a V100 (Fig. 6).
 """
 
+import hashlib
+import itertools
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from .baselines import DenseModel, TokenMergingModel, merged_per_layer_for_macs
 from .capacity import relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from .export import export_onnx, onnx_session, quantize_onnx, write_onnx
 from .flops import count_macs
 from .modeling_mone import (
     MoNEForImageClassification,
@@ -36,8 +42,9 @@ from .modeling_mone import (
 from .modeling_mone_vivit import MoNEViViTForVideoClassification
 
 
-# How a model is run: as it is, with its weights laid out for inference, or with its layers compiled one by one.
-MODES = ("eager", "prepared", "compiled")
+# How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, or in
+# ONNX Runtime, in float32 or in int8.
+MODES = ("eager", "prepared", "compiled", "onnx", "onnx_int8")
 # What else may be timed beside: timm's dense ViT, and token merging with as many multiply-accumulates as each MoNE.
 BASELINES = ("timm", "token_merging")
 
@@ -115,6 +122,7 @@ def measure(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     rounds: int = 10,
+    onnx_dir: str | os.PathLike | None = None,
 ) -> list[dict]:
     """Time the dense model and the MoNE of `config`, with random weights, on random input.
 
@@ -122,28 +130,33 @@ def measure(
         config: of an image or video model with mean pooling.
         capacities: one row each and mode.
         batch_size: images or clips.
-        modes: of `MODES`. With "compiled" the dense model is also timed compiled.
+        modes: of `MODES`. With "compiled", "onnx" and "onnx_int8" the dense model is timed in this mode, too: in ONNX
+            Runtime with all threads of torch, exported and quantised by the same functions.
         baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package.
         train: forward and backward instead of inference; in eager mode only.
         device, dtype: where and in what.
         rounds: timed calls of each variant, after two that do not count.
+        onnx_dir: folder for ONNX files; those that an earlier call has left are used again. Default: a temporary one.
 
     Returns:
         Rows with "model" ("dense", "mone" or a baseline), "mode", "capacity", "batch_size", "train", "gmacs" (of one
         input), "milliseconds" (median), "spread" (half the range between the quartiles, over it), "per_second",
         "reduction" (of multiply-accumulates), "speedup" and "efficiency", the last two against the dense model as it
-        is. "peak_megabytes" of tensors beside weights and input ([`PeakMemory`], not for compiled models). For mode
-        "compiled" also "efficiency_compiled" against the compiled dense model, and "compile_seconds": what the first
-        call took longer.
+        is, and, for a mode in which the dense model is timed, too, "efficiency_MODE" against that. "peak_megabytes" of
+        tensors beside weights and input ([`PeakMemory`]) for what runs in eager PyTorch, and "compile_seconds" for
+        mode "compiled": what the first call took longer.
 
     Raises:
-        ValueError: for an unknown mode or baseline, a capacity that is not allowed, or training in another mode than
-            eager.
+        ValueError: for an unknown mode or baseline, a capacity that is not allowed, training in another mode than
+            eager, or ONNX on another device than the CPU or in another dtype than float32.
     """
     if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
         raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
     if set(baselines) - set(BASELINES) or (baselines and isinstance(config, MoNEViViTConfig)):
         raise ValueError(f"baselines={tuple(baselines)} must be of {BASELINES}, and for images.")
+    onnx_modes = [mode for mode in modes if mode.startswith("onnx")]
+    if onnx_modes and (torch.device(device).type != "cpu" or dtype != torch.float32):
+        raise ValueError(f"modes {onnx_modes} run on the CPU in float32, not on {device} in {dtype}.")
     for capacity in capacities:
         config.resolve_capacity(capacity)
     is_video = isinstance(config, MoNEViViTConfig)
@@ -171,7 +184,15 @@ def measure(
         for layer in (*compiled_dense.layers, *compiled_dense.temporal):
             layer.compile(dynamic=False)
         variants["dense", "compiled", None] = lambda: run(compiled_dense)
-    for mode in modes:
+    if onnx_modes:
+        with tempfile.TemporaryDirectory() as temporary:
+            for mode, capacity in itertools.product(onnx_modes, (None, *capacities)):
+                kind, folder = DenseModel if capacity is None else model_class, Path(onnx_dir or temporary)
+                session = onnx_session(_onnx_file(new, kind, config, capacity, mode, folder))
+                inputs = {"pixel_values": pixel_values.numpy()}
+                name = "dense" if capacity is None else "mone"
+                variants[name, mode, capacity] = lambda session=session, inputs=inputs: session.run(None, inputs)
+    for mode in (mode for mode in modes if mode not in onnx_modes):
         models[mode] = new(model_class)
         if mode == "prepared":
             models[mode].optimize_for_inference()
@@ -201,7 +222,7 @@ def measure(
     ):
         first = interleaved_seconds(variants, rounds=1, warmup=0)
         seconds = interleaved_seconds(variants, rounds=rounds, warmup=1)
-        peaks = {key: _peak_megabytes(call) for key, call in variants.items() if key[1] != "compiled"}
+        peaks = {key: _peak_megabytes(call) for key, call in variants.items() if key[1] in ("eager", "prepared")}
     of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
     rows = []
     for (name, mode, capacity), times in seconds.items():
@@ -221,8 +242,9 @@ def measure(
             "peak_megabytes": peaks.get((name, mode, capacity)),
         }
         row["efficiency"] = row["speedup"] / row["reduction"]
+        if mode in of_dense and mode != "eager":
+            row[f"efficiency_{mode}"] = of_dense[mode] / median / row["reduction"]
         if mode == "compiled":
-            row["efficiency_compiled"] = of_dense["compiled"] / median / row["reduction"]
             row["compile_seconds"] = first[name, mode, capacity][0] - median
         rows.append(row)
     return rows
@@ -254,6 +276,23 @@ def _peak_megabytes(call: Callable[[], object]) -> float:
     with PeakMemory() as memory:
         call()
     return memory.peak / 1e6
+
+
+def _onnx_file(new: Callable, kind: type, config: MoNEConfig, capacity: float | None, mode: str, folder: Path) -> Path:
+    """The dense model (capacity None) or the MoNE as ONNX, written to `folder` unless it is there."""
+    key = hashlib.sha256(f"{config.to_json_string()} {capacity}".encode()).hexdigest()[:16]
+    path = Path(folder, f"{key}.onnx")
+    if not path.exists():
+        if capacity is None:
+            write_onnx(new(kind), example_input(config, 2), path)
+        else:
+            export_onnx(new(kind), path, capacity)
+    if mode == "onnx":
+        return path
+    quantized = path.with_suffix(".int8.onnx")
+    if not quantized.exists():
+        quantize_onnx(path, quantized)
+    return quantized
 
 
 def routing_share(config: MoNEConfig, capacity: float, batch_size: int, *, rounds: int = 10) -> float:

@@ -1,0 +1,417 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""A classifier at one fixed capacity as a `torch.export` program or an ONNX file, for any batch size.
+
+The exported graph computes what the model computes and is laid out for runtimes that copy wherever PyTorch makes a
+view: every expert's tokens are a tensor of their own from a router to the next, and of it the features that the
+expert does not work on are another, which nothing touches. A layer only joins queries, keys and values for
+attention, and splits its result.
+
+`pip install "mone[export]"` for ONNX: onnx, onnxscript and onnxruntime.
+
+Axis letters: B batch (for video, clips times temporal indices T), N tokens, n those of one expert, D width of the
+model, d width of an expert, F features.
+"""
+
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_mone import MoNEViViTConfig, as_pair
+from .modeling_mone import (
+    ClassifierMixin,
+    MoNELayer,
+    MoNEPreTrainedModel,
+    Slice,
+    expert_order,
+    expert_slices,
+    patch_grid,
+    pool,
+    token_counts,
+)
+
+
+# The first one with attention as an operator.
+OPSET = 23
+
+
+class ExpertStreams(nn.Module):
+    """The classifier `model` at one capacity: `pixel_values` -> logits, or logits and routers' decisions.
+
+    Args:
+        model: with a classifier and learned routers, in eval mode.
+        capacity: as in the model's forward.
+        router_outputs: also return `router_logits_K` and `expert_indices_K` of every router K.
+
+    Raises:
+        TypeError, ValueError: as [`export_program`].
+    """
+
+    def __init__(self, model: MoNEPreTrainedModel, capacity, router_outputs: bool = False):
+        super().__init__()
+        config = model.config
+        if not isinstance(model, ClassifierMixin):
+            raise TypeError(f"{type(model).__name__} has no classifier: export a MoNE...For...Classification.")
+        if config.router_type != "learned":
+            reason = {
+                "random": "draws its scores anew at each call",
+                "argmax": "gives the experts no fixed number of tokens",
+            }[config.router_type]
+            raise ValueError(f"router_type={config.router_type!r} {reason}: only 'learned' can be exported.")
+        if model.training:
+            raise ValueError("The model is in training mode: call model.eval() before exporting it.")
+        self.model = model
+        self.router_outputs = router_outputs
+        self.grid = patch_grid(config, as_pair(config.image_size))
+        self.counts = token_counts(config, capacity, self.grid[0] * self.grid[1])
+
+    def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        base, config = self.model.base_model, self.model.config
+        if isinstance(config, MoNEViViTConfig):
+            tokens = base.embeddings(pixel_values)  # (clips, T, N, D)
+            clips = (-1, tokens.shape[1])
+            hidden = base.spatial.add_positions(tokens.flatten(0, 1), self.grid)
+            hidden, decisions = self.encode(base.spatial.layers, base.spatial.routers, hidden, base.spatial.num_prefix)
+            decisions = [(logits.unflatten(0, clips), experts.unflatten(0, clips)) for logits, experts in decisions]
+            hidden = pool(config, base.spatial.layernorm(hidden)).unflatten(0, clips)
+            hidden = base.temporal.add_positions(hidden, base.temporal.grid)
+            hidden, _ = self.encode(base.temporal.layers, (), hidden, base.temporal.num_prefix)
+            hidden = base.temporal.layernorm(hidden)
+        else:
+            hidden = base.embeddings(pixel_values, self.grid)
+            hidden, decisions = self.encode(base.layers, base.routers, hidden, base.embeddings.num_prefix)
+            hidden = base.layernorm(hidden)
+        outputs = {"logits": self.model.classifier(pool(config, hidden))}
+        if self.router_outputs:
+            for number, (logits, experts) in enumerate(decisions):
+                outputs |= {f"router_logits_{number}": logits, f"expert_indices_{number}": experts}
+        return outputs
+
+    def encode(self, layers, routers, hidden, num_prefix):
+        """(B, sequence, D) -> the same after `layers`, sorted by the last router but for the prefix; decisions."""
+        config = self.model.config
+        routers = dict(zip(config.router_layers, routers, strict=True)) if len(routers) else {}
+        slices: tuple[Slice, ...] = ((0, hidden.shape[1], config.hidden_size),)
+        streams, gates, order, decisions = _split(hidden, slices), [None], None, []
+        for index, layer in enumerate(layers):
+            if index in routers:
+                hidden = _join(streams)
+                if order is not None:
+                    hidden = _take(hidden, order.argsort(dim=1))
+                routing = routers[index](hidden[:, num_prefix:], self.counts)
+                decisions.append((routing.logits, routing.experts))
+                slices = expert_slices(config, self.counts, num_prefix)
+                gate = F.pad(routing.gate, (0, 0, num_prefix, 0), value=1.0)
+                order = None
+                if len(slices) > 1:
+                    order = expert_order(routing.experts, num_prefix)
+                    hidden, gate = _take(hidden, order), _take(gate, order)
+                streams = _split(hidden, slices)
+                gates = [part.flatten(0, 1) for part in gate.split([stream.length for stream in streams], dim=1)]
+            streams = _layer(layer, streams, gates)
+        return _join(streams), decisions
+
+
+class Stream(NamedTuple):
+    """The tokens of one expert. Flat, so that ONNX gets a product with its bias, and not a product and an addition."""
+
+    features: torch.Tensor
+    """(B * n, d): those that the expert works on."""
+    rest: torch.Tensor | None
+    """(B * n, D - d), None for the full model."""
+    length: int
+    """n"""
+
+    @property
+    def width(self) -> int:
+        return self.features.shape[1]
+
+    def whole(self) -> torch.Tensor:
+        """(B * n, D)"""
+        return self.features if self.rest is None else torch.cat([self.features, self.rest], dim=1)
+
+    def plus(self, update: torch.Tensor) -> "Stream":
+        return self._replace(features=self.features + update)
+
+
+def _split(hidden: torch.Tensor, slices: tuple[Slice, ...]) -> list[Stream]:
+    """(B, sequence, D), sorted by expert -> every expert's tokens."""
+    full, lengths = hidden.shape[-1], [stop - start for start, stop, _ in slices]
+    streams = []
+    for tokens, length, (_, _, d) in zip(hidden.split(lengths, dim=1), lengths, slices, strict=True):
+        features, rest = tokens.flatten(0, 1).split([d, full - d], dim=1) if d < full else (tokens.flatten(0, 1), None)
+        streams.append(Stream(features, rest, length))
+    return streams
+
+
+def _join(streams: list[Stream]) -> torch.Tensor:
+    return _sequence([stream.whole() for stream in streams], streams)
+
+
+def _sequence(rows: list[torch.Tensor], streams: list[Stream]) -> torch.Tensor:
+    """(B * n, F) of every expert -> (B, sequence, F)."""
+    parts = [x.unflatten(0, (-1, stream.length)) for x, stream in zip(rows, streams, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """(B, N, F) -> (B, N, F): x[b, order[b, n]] at [b, n]."""
+    batch, length = x.shape[:2]
+    rows = order + length * torch.arange(batch, device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (-1, length))
+
+
+def _layer(layer: MoNELayer, streams: list[Stream], gates: list[torch.Tensor | None]) -> list[Stream]:
+    """`MoNELayer.forward`, without gradients and dropout."""
+    attention, mlp = layer.attention, layer.mlp
+    normed = [layer.layernorm_before(stream.whole())[:, : stream.width] for stream in streams]
+    query, key, value = (
+        _sequence([_contract(x, proj) for x in normed], streams)
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    contexts = _attend(query, key, value, attention.num_attention_heads).split([s.length for s in streams], dim=1)
+    streams = [
+        stream.plus(_expand(context.flatten(0, 1), attention.o_proj, stream.width))
+        for stream, context in zip(streams, contexts, strict=True)
+    ]
+    done = []
+    for stream, gate in zip(streams, gates, strict=True):
+        x = layer.layernorm_after(stream.whole())[:, : stream.width]
+        update = _expand(mlp.activation_fn(_contract(x, mlp.fc1)), mlp.fc2, stream.width)
+        done.append(stream.plus(update if gate is None else gate * update))
+    return done
+
+
+def _contract(x: torch.Tensor, proj: nn.Linear) -> torch.Tensor:
+    """In-projection: (rows, d) -> (rows, out)."""
+    return F.linear(x, proj.weight[:, : x.shape[1]], proj.bias)
+
+
+def _expand(x: torch.Tensor, proj: nn.Linear, width: int) -> torch.Tensor:
+    """Out-projection: (rows, in) -> (rows, width)."""
+    return F.linear(x, proj.weight[:width], proj.bias[:width])
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, N, D) each -> (B, N, D)."""
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.attention(query, key, value, q_num_heads=heads, kv_num_heads=heads)[0]
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def export_program(
+    model: MoNEPreTrainedModel, capacity=None, *, router_outputs: bool = False
+) -> torch.export.ExportedProgram:
+    """The model at one capacity as a `torch.export` program, for any batch size.
+
+    `program.module()(pixel_values)["logits"]` runs it.
+
+    Args:
+        model: an image or video classifier with learned routers, in eval mode.
+        capacity: as in the model's forward; default `config.capacity`.
+        router_outputs: also return, for every router K, `router_logits_K` and `expert_indices_K`, shaped as
+            `router_logits` and `expert_indices` of the model.
+
+    Raises:
+        TypeError: a model without a classifier.
+        ValueError: a capacity that is not allowed, a random or arg-max router, or a model in training mode.
+    """
+    module = ExpertStreams(model, capacity, router_outputs).eval()
+    with torch.no_grad():
+        return torch.export.export(module, (_example(model),), dynamic_shapes=_DYNAMIC_BATCH)
+
+
+def export_onnx(
+    model: MoNEPreTrainedModel,
+    path: str | os.PathLike,
+    capacity=None,
+    *,
+    processor=None,
+    router_outputs: bool = False,
+) -> None:
+    """Write the model at one capacity as an ONNX file, for any batch size.
+
+    Its input is `pixel_values`, as the model takes them, its output `logits`. Weights over 2 GB go to a second file,
+    `path` with `.data` appended. Where ONNX Runtime is installed, the file is run and compared with the model before
+    it takes its name; whatever fails, a file that was there stays.
+
+    The file's metadata, JSON each but for the first: `model_type`, `capacity` (as given), `id2label`, `image_size`
+    (height, width), and `image_mean` and `image_std` of a processor that normalises.
+
+    Args:
+        model, capacity, router_outputs: as in [`export_program`]; float32.
+        path: of the file; its folder is made.
+        processor: the model's image or video processor, for the metadata.
+
+    Raises:
+        TypeError, ValueError: as [`export_program`]; a model that is not in float32.
+        ImportError: without onnx and onnxscript.
+        RuntimeError: ONNX Runtime computes something else than the model.
+    """
+    config = model.config
+    capacity = config.capacity if capacity is None else capacity
+    module = ExpertStreams(model, capacity, router_outputs).eval()
+    if model.dtype != torch.float32:
+        raise ValueError(f"A model in {model.dtype} cannot be exported to ONNX: call model.float() before.")
+    metadata = {
+        "model_type": config.model_type,
+        "capacity": json.dumps(capacity),
+        "id2label": json.dumps(config.id2label),
+        "image_size": json.dumps(as_pair(config.image_size)),
+    }
+    if processor is not None and processor.do_normalize:
+        metadata |= {name: json.dumps(list(getattr(processor, name))) for name in ("image_mean", "image_std")}
+
+    def check(file: Path) -> None:
+        example = _example(model, 3)
+        with torch.no_grad():
+            expected = model(example, capacity=capacity).logits
+        logits = torch.from_numpy(onnx_session(file).run(["logits"], {"pixel_values": example.cpu().numpy()})[0])
+        # By image: where two tokens are as good as equal to a router, rounding may swap them in one.
+        scale = expected.abs().amax().clamp(min=1.0).cpu()
+        error = ((logits - expected.cpu()).abs().amax(1) / scale).median().item()
+        if not error <= 1e-4:
+            raise RuntimeError(f"In ONNX Runtime the logits differ from the model's by {error:.3g}; nothing written.")
+
+    names = ["logits"]
+    if router_outputs:
+        names += [
+            f"{name}_{k}" for k in range(len(config.router_layers)) for name in ("router_logits", "expert_indices")
+        ]
+    write_onnx(module, _example(model), path, names, metadata, check)
+
+
+def write_onnx(
+    module: nn.Module,
+    pixel_values: torch.Tensor,
+    path: str | os.PathLike,
+    output_names: Sequence[str] = ("logits",),
+    metadata: dict[str, str] | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write any module of one input as ONNX, in the way of [`export_onnx`]: the same exporter and operator set.
+
+    Args:
+        module: in eval mode.
+        pixel_values: an example of its input, of at least two images.
+        path, output_names, metadata: of the file.
+        check: called with the file before it takes its name, where ONNX Runtime is installed.
+    """
+    _require("onnx", "onnxscript")
+    from onnxscript import opset23 as op
+
+    def stable_sort(x, stable=None, dim=-1, descending=False):
+        # Among equal values TopK takes the lower index first.
+        length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]), axis=0)
+        return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
+
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module,
+            (pixel_values,),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["pixel_values"],
+            output_names=list(output_names),
+            dynamic_shapes=_DYNAMIC_BATCH,
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+        )
+    program.model.metadata_props.update(metadata or {})
+    with _in_place_of(path) as file:
+        program.save(file)
+        if check is not None and importlib.util.find_spec("onnxruntime"):
+            check(file)
+
+
+def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> None:
+    """Make the projections of an ONNX file int8, weights and activations, by ONNX Runtime's dynamic quantisation.
+
+    Weights are quantised by output channel, activations in the range that they have at a call, so that no
+    calibration is needed: every expert's tokens in a range of their own, and, as the range is that of the whole batch,
+    an image's logits depend a little on the others. Patch embedding and classifier stay in float32, as they are small,
+    and so do the routers, whose decisions would flip; norms, activations and attention are not quantised either.
+
+    Args:
+        path: a file of [`export_onnx`] or [`write_onnx`].
+        destination: the file to write. Metadata stay.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        ImportError: without onnx and onnxruntime.
+    """
+    _require("onnx", "onnxruntime")
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+    with _in_place_of(destination) as file, tempfile.TemporaryDirectory() as folder:
+        # Folds the experts' parts of the weights into weights.
+        prepared = Path(folder, "prepared.onnx")
+        quant_pre_process(os.fspath(path), prepared, skip_symbolic_shape=True, skip_onnx_shape=True)
+        model = onnx.load(prepared)
+        del model.graph.value_info[:]  # shapes of Gemm's weights, which are about to be transposed
+        scopes = {node.name: str(node.metadata_props) for node in model.graph.node}
+        kept = [name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope]
+        quantize_dynamic(
+            model,
+            file,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # A product with a bias, Gemm, becomes a MatMul of this name first.
+            nodes_to_exclude=[name for node in kept for name in (node, f"{node}_MatMul")],
+        )
+
+
+def onnx_session(path: str | os.PathLike, threads: int | None = None):
+    """An ONNX Runtime session on the CPU, with as many threads as torch by default, which rest between calls."""
+    _require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+
+
+_DYNAMIC_BATCH = ({0: torch.export.Dim("batch")},)
+
+
+def _example(model: MoNEPreTrainedModel, batch_size: int = 2) -> torch.Tensor:
+    """Random `pixel_values` that the model takes. Two, since torch.export makes a constant of a batch of one."""
+    config = model.config
+    frames = (config.num_frames,) if isinstance(config, MoNEViViTConfig) else ()
+    shape = (batch_size, *frames, config.num_channels, *as_pair(config.image_size))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+
+
+@contextmanager
+def _in_place_of(path: str | os.PathLike) -> Iterator[Path]:
+    """A name to write to; with what stands beside it, it moves to `path` at the end, unless an error was raised."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        yield Path(folder, path.name)  # the same name: the file names the one that holds its weights
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.parent / file.name)
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ImportError(f'ONNX needs {" and ".join(missing)}: pip install "mone[export]"')
+
+
+__all__ = ["export_onnx", "export_program", "onnx_session", "quantize_onnx", "write_onnx"]
