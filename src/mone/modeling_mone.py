@@ -19,6 +19,7 @@ The layers, their names and state-dict keys follow transformers' ViT (`models/vi
 """
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN, GELUActivation
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -544,6 +546,11 @@ class MoNEPreTrainedModel(PreTrainedModel):
         owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
         file = owner.__module__.split(".")[-1]
         self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
+        if owner._auto_class is not None and vars(type(self)).get("_auto_class") is None:
+            type(self)._auto_class = None  # or transformers would save the subclass's file
+            if kwargs.get("is_main_process", True):
+                os.makedirs(save_directory, exist_ok=True)
+                custom_object_save(owner, save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
     def optimize_for_inference(self):

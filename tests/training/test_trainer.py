@@ -12,7 +12,7 @@ from mone import (
     count_macs,
 )
 from mone.data import IGNORED
-from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments, capacity_at_step, classification_metrics
+from mone.training import Accuracy, CapacitySchedule, MoNETrainer, MoNETrainingArguments, classification_metrics
 
 
 def tiny_model(**config) -> MoNEForImageClassification:
@@ -59,7 +59,7 @@ def test_each_step_runs_at_its_schedules_capacity(tmp_path):
     trainer = make_trainer(tmp_path, capacity_schedule="uniform", seed=5, max_steps=6, gradient_accumulation_steps=2)
     seen = record_capacities(trainer.model)
     trainer.train()
-    steps = [capacity_at_step("uniform", step, capacity=1.0, seed=5) for step in range(6)]
+    steps = [CapacitySchedule("uniform", seed=5)(step)[0] for step in range(6)]
     assert seen == [capacity for capacity in steps for _ in range(2)]
     assert len(set(seen)) > 1
 
@@ -169,7 +169,7 @@ def test_total_flos_counts_what_was_computed(tmp_path):
     trainer = make_trainer(tmp_path, capacity_schedule="uniform", max_steps=4, logging_steps=1)
     trainer.train()
     config = trainer.model.config
-    macs = [count_macs(config, capacity_at_step("uniform", step, capacity=1.0, seed=42)) for step in range(4)]
+    macs = [count_macs(config, CapacitySchedule("uniform")(step)[0]) for step in range(4)]
     assert trainer.state.total_flos == 6 * 4 * sum(macs)
 
 
@@ -218,7 +218,7 @@ def test_a_capacity_that_is_not_allowed_is_found_before_any_work(tmp_path, args)
 
 def test_grid_keeps_to_what_fewer_experts_allow(tmp_path):
     trainer = make_trainer(tmp_path, model=tiny_model(num_experts=2), capacity_schedule="uniform")
-    assert trainer.grid == (0.55, 0.65, 0.75, 0.85, 0.95)
+    assert trainer.schedule.grid == (0.55, 0.65, 0.75, 0.85, 0.95)
 
 
 def test_early_stopping_sees_the_means(tmp_path):
