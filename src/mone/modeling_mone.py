@@ -546,11 +546,12 @@ class MoNEPreTrainedModel(PreTrainedModel):
         owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
         file = owner.__module__.split(".")[-1]
         self.config.auto_map = {name: f"{file}.{cls}" for name, cls in self._auto_map.items()}
-        if owner._auto_class is not None and vars(type(self)).get("_auto_class") is None:
-            type(self)._auto_class = None  # or transformers would save the subclass's file
+        registered = next((cls for cls in type(self).__mro__ if vars(cls).get("_auto_class")), type(self))
+        if registered is not type(self):
+            type(self)._auto_class = None  # or transformers would save that subclass's file
             if kwargs.get("is_main_process", True):
                 os.makedirs(save_directory, exist_ok=True)
-                custom_object_save(owner, save_directory)
+                custom_object_save(registered, save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
     def optimize_for_inference(self):
