@@ -74,6 +74,13 @@ class MoNETrainingArguments(TrainingArguments):
             "Default: --learning_rate."
         },
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the layers one by one: one graph for each capacity and batch size, so that "
+            "--dataloader_drop_last saves one. (--torch_compile compiles the whole model, which takes far longer.)"
+        },
+    )
     mixup: float = field(
         default=0.0,
         metadata={

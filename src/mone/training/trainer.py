@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from ..capacity import effective_capacity, relative_widths
 from ..flops import count_macs
-from ..modeling_mone import classification_loss
+from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
 from .checkpoints import (
     Interruption,
@@ -106,6 +106,13 @@ class MoNETrainer(Trainer):
                 )
             if self.args.distill_from != "self":
                 self.teacher = Teacher(self.args.distill_from, config, self.processing_class).to(self.args.device)
+        if self.args.compile_layers:
+            # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
+            # code that recompiles by mistake. Behind them layers would run uncompiled.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+            for module in self.model.modules():
+                if isinstance(module, MoNELayer):
+                    module.compile(dynamic=False)
         self._statistics = StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
         self._interruption = Interruption(at_once=self.args.world_size > 1)
         self.add_callback(MoNECallback(self._interruption))
