@@ -20,7 +20,6 @@ from mone import (
     MoNEViViTForVideoClassification,
     count_macs,
 )
-from mone.capacity import tokens_per_expert
 from mone.data import IGNORED
 from mone.training import (
     Accuracy,
@@ -421,32 +420,23 @@ def test_every_parameter_has_a_gradient_at_every_capacity(capacity, fields):
 
 
 def test_compiled_layers_compute_the_same_at_every_capacity(tmp_path, monkeypatch):
-    """More capacities than dynamo's default limit allows graphs. Traced only: inductor takes minutes."""
+    """One graph for each, past dynamo's limit, and all layers share it. Traced only: inductor takes minutes."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend="aot_eager", **kwargs)
+        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend="eager", **kwargs)
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 256)
     torch._dynamo.reset()
-    grid = [0.125 + 0.08 * i for i in range(10)]
-    options = {"capacity_schedule": "uniform", "capacity_grid": grid, "max_steps": 14, "logging_steps": 1}
-    logs, models = [], []
+    options = {"capacity_schedule": "joint", "max_steps": 2, "logging_steps": 1}
+    logs = []
     for compiled in (False, True):
         torch._dynamo.utils.counters.clear()
-        models.append(tiny_model(drop_path_rate=0.0, initializer_range=0.2))
-        trainer = make_trainer(tmp_path, model=models[-1], compile_layers=compiled, **options)
+        trainer = make_trainer(tmp_path, model=tiny_model(initializer_range=0.2), compile_layers=compiled, **options)
         trainer.train()
         logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        distinct = len({tuple(model_counts(models[-1], trainer.schedule(step)[0])) for step in range(14)})
-        assert graphs == (distinct if compiled else 0)
-        assert distinct > 8 or not compiled
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if compiled else 0)
     assert logs[0] == pytest.approx(logs[1], abs=1e-5)
-
-
-def model_counts(model, capacity):
-    return tokens_per_expert(model.config.resolve_capacity(capacity), 16)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
