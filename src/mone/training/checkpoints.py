@@ -61,11 +61,9 @@ def writing_checkpoint(folder: str | os.PathLike, is_main_process: bool) -> Iter
         yield
     except Exception as error:  # OSError, SafetensorError, torch's RuntimeError, ...
         parent = folder.parent
-        # First, so that it does not keep filling the disk.
+        space = f" {shutil.disk_usage(parent).free / 2**20:.1f} MiB were free there." if parent.exists() else ""
+        # So that it does not keep filling the disk.
         shutil.rmtree(folder, ignore_errors=True)
-        space = ""
-        if parent.exists():
-            space = f" {shutil.disk_usage(parent).free / 2**20:.1f} MiB are free there now."
         raise OSError(
             f"The checkpoint {folder} could not be written: {error}.{space} {describe_last_checkpoint(parent)} "
             "Start the same command again to go on from it."
