@@ -1034,15 +1034,22 @@ def test_fields_overridden_while_loading_are_checked(tmp_path):
             MoNEForImageClassification.from_pretrained(tmp_path, **fields)
 
 
-def test_a_subclass_saves_an_auto_map_that_names_these_files(tmp_path):
+def test_a_subclass_saves_these_files_and_an_auto_map_that_names_them(tmp_path):
+    """FSDP2 makes one, in a module of torch."""
+
     class Mine(MoNEForImageClassification):
         pass
 
-    Mine.__module__ = "my_notebook"
-    Mine._auto_class = None
-    Mine(tiny_config()).save_pretrained(tmp_path)
-    auto_map = MoNEConfig.from_pretrained(tmp_path).auto_map
-    assert auto_map["AutoModelForImageClassification"] == "modeling_mone.MoNEForImageClassification"
+    Mine.__module__ = "torch.distributed.fsdp"
+    model = Mine(tiny_config())
+    MoNEForImageClassification(tiny_config()).save_pretrained(tmp_path / "plain")
+    expected = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert "modeling_mone.py" in expected
+    for name in ("first", "second"):
+        model.save_pretrained(tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == expected
+        auto_map = MoNEConfig.from_pretrained(tmp_path / name).auto_map
+        assert auto_map["AutoModelForImageClassification"] == "modeling_mone.MoNEForImageClassification"
 
 
 def test_attention_backends_get_what_they_expect():

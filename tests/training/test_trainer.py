@@ -1,7 +1,16 @@
 """MoNETrainer on a tiny model and random images. That models learn is tested in test_modeling_mone.py."""
 
+import copy
+import errno
+import logging
+import os
+import re
+import signal
+from pathlib import Path
+
 import pytest
 import torch
+from reference import double_weights, randomise_, reference_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from mone import (
@@ -12,7 +21,16 @@ from mone import (
     count_macs,
 )
 from mone.data import IGNORED
-from mone.training import Accuracy, MoNETrainer, MoNETrainingArguments, capacity_at_step, classification_metrics
+from mone.training import (
+    Accuracy,
+    CapacitySchedule,
+    MoNETrainer,
+    MoNETrainingArguments,
+    Teacher,
+    classification_metrics,
+    distillation_loss,
+)
+from mone.training.resumption import last_complete_checkpoint
 
 
 def tiny_model(**config) -> MoNEForImageClassification:
@@ -59,7 +77,7 @@ def test_each_step_runs_at_its_schedules_capacity(tmp_path):
     trainer = make_trainer(tmp_path, capacity_schedule="uniform", seed=5, max_steps=6, gradient_accumulation_steps=2)
     seen = record_capacities(trainer.model)
     trainer.train()
-    steps = [capacity_at_step("uniform", step, capacity=1.0, seed=5) for step in range(6)]
+    steps = [CapacitySchedule("uniform", seed=5)(step)[0] for step in range(6)]
     assert seen == [capacity for capacity in steps for _ in range(2)]
     assert len(set(seen)) > 1
 
@@ -165,11 +183,378 @@ def test_gradient_accumulation_equals_the_full_batch(tmp_path, problem_type):
     assert not torch.equal(results[0]["classifier.bias"], torch.zeros(3))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity_schedule": "uniform", "seed": 7},
+        {"capacity_schedule": "joint"},
+        {"capacity_schedule": "joint", "distill_from": "self", "distillation_weight": 0.7},
+        {"capacity": 0.4, "distill_from": "teacher", "distillation_temperature": 2.0, "mixup": 0.0},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_four_micro_batches_equal_the_full_batch(tmp_path, options):
+    if options.get("distill_from") == "teacher":
+        tiny_model(initializer_range=0.5).save_pretrained(tmp_path / "teacher")
+        options = {**options, "distill_from": str(tmp_path / "teacher")}
+    results, losses = [], []
+    for batch_size, accumulation in ((7, 1), (2, 4)):
+        model = tiny_model(initializer_range=0.2)
+        trainer = make_trainer(
+            tmp_path,
+            model=model,
+            train=rows(7),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            optim="sgd",
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            **options,
+        )
+        losses.append(trainer.train().training_loss)
+        results.append(model.state_dict())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def after_one_step(tmp_path, model, train, **options) -> tuple[dict, float]:
+    """Gradients of a step, read off plain gradient descent, and its loss."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(
+        tmp_path,
+        model=model,
+        train=train,
+        per_device_train_batch_size=len(train),
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1e-2,
+        max_grad_norm=0.0,
+        **options,
+    )
+    loss = trainer.train().training_loss
+    return {name: (before[name] - value) / 1e-2 for name, value in model.state_dict().items()}, loss
+
+
+def test_joint_training_is_the_sum_over_sliced_models(tmp_path):
+    """Against the naive model of reference.py, which slices the weights for one token at a time."""
+    model = randomise_(tiny_model(num_hidden_layers=1), alpha=0.3)
+    train = rows(3)
+    weights = double_weights(model)
+    pixel_values = torch.stack([row["pixel_values"] for row in train]).double()
+    labels = torch.tensor([row["labels"] for row in train])
+    expected = 0
+    for width in range(4):
+        one_hot = [float(expert == width) for expert in range(4)]
+        logits = reference_model(weights, model.config, pixel_values, one_hot).logits
+        expected = expected + torch.nn.functional.cross_entropy(logits, labels)
+    expected.backward()
+    gradients, loss = after_one_step(tmp_path, model, train, capacity_schedule="joint")
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient.double(), weights[name].grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_the_widths_are_propagated_back_in_turn(tmp_path):
+    """So that the memory of one of them is enough."""
+    model, events = tiny_model(), []
+    model.register_forward_pre_hook(lambda *_: events.append("forward"))
+    model.classifier.bias.register_hook(lambda _: events.append("backward"))
+    make_trainer(tmp_path, model=model, capacity_schedule="joint", max_steps=1).train()
+    assert events == ["forward", "backward"] * 4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_dense_model_teaches_the_smaller_ones_and_learns_from_the_labels(tmp_path, temperature):
+    model = tiny_model(initializer_range=0.3)
+    model.mone.routers[0].alpha.data.fill_(0.3)
+    same = copy.deepcopy(model).train()
+    train = rows(5)
+    pixel_values = torch.stack([row["pixel_values"] for row in train])
+    labels = torch.tensor([row["labels"] for row in train])
+    dense = same(pixel_values, labels=labels, capacity=1.0)
+    small = same(pixel_values, labels=labels, capacity=0.3)
+    divergence = distillation_loss(small.logits, dense.logits.detach(), temperature)
+    expected = dense.loss + 0.75 * small.loss + 0.25 * divergence
+    expected.backward()
+    gradients, loss = after_one_step(
+        tmp_path,
+        model,
+        train,
+        capacity=0.3,
+        distill_from="self",
+        distillation_weight=0.25,
+        distillation_temperature=temperature,
+    )
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, parameter in same.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_a_teacher_checkpoint_teaches(tmp_path):
+    tiny_model(initializer_range=0.5).save_pretrained(tmp_path / "teacher")
+    teacher = Teacher(str(tmp_path / "teacher"), tiny_model().config)
+    model = tiny_model(initializer_range=0.3)
+    model.mone.routers[0].alpha.data.fill_(0.3)
+    same = copy.deepcopy(model).train()
+    train = rows(5)
+    pixel_values = torch.stack([row["pixel_values"] for row in train])
+    expected = distillation_loss(same(pixel_values, capacity=0.3).logits, teacher(pixel_values), 1.0)
+    expected.backward()
+    options = {"capacity": 0.3, "distill_from": str(tmp_path / "teacher"), "distillation_weight": 1.0}
+    gradients, loss = after_one_step(tmp_path, model, train, **options)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    for name, parameter in same.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+    trainer = make_trainer(tmp_path, model=tiny_model(), max_steps=2, **options)
+    trainer.train()
+    forward = count_macs(model.config, 1.0)
+    assert trainer.state.total_flos == 2 * 8 * (3 * count_macs(model.config, 0.3) + forward)
+    # Evaluation is that of the labels.
+    assert trainer.evaluate(train)["eval_loss"] == pytest.approx(
+        trainer.model(pixel_values, labels=torch.tensor([row["labels"] for row in train]), capacity=0.3).loss.item()
+    )
+
+
+def test_distillation_needs_classes(tmp_path):
+    for model in (tiny_model(problem_type="regression"), tiny_model(num_labels=1)):
+        with pytest.raises(ValueError, match="distill_from='self' needs classification"):
+            make_trainer(tmp_path, model=model, distill_from="self")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"capacity_schedule": "uniform"},
+        {"capacity_schedule": "uniform", "capacity_range": [0.2, 0.3]},
+        {"capacity_schedule": "anneal", "capacity": 0.2},
+        {"capacity_schedule": "joint"},
+        {"capacity": 0.25, "distill_from": "self"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_iso_flops_spends_what_the_dense_model_would(tmp_path, caplog, options):
+    """The budget is printed before training; the last batch of an epoch is smaller."""
+    trainer = make_trainer(
+        tmp_path,
+        model=tiny_model(num_hidden_layers=1),
+        train=rows(21),
+        per_device_train_batch_size=8,
+        num_train_epochs=40,
+        iso_flops=True,
+        **options,
+    )
+    with caplog.at_level(logging.INFO, logger="mone"):
+        trainer.train()
+    (message,) = (record.getMessage() for record in caplog.records if "isoFLOPs" in record.getMessage())
+    spent, budget = map(float, re.search(r"are ([\d.e+]+) multiply.* are ([\d.e+]+)\.$", message).groups())
+    assert budget == pytest.approx(3 * count_macs(trainer.model.config, 1.0) * 21 * 40, rel=1e-5)
+    assert trainer.state.total_flos / 2 == pytest.approx(spent, rel=1e-5)
+    assert trainer.state.total_flos / 2 == pytest.approx(budget, rel=0.01)
+    assert trainer.state.global_step == trainer.state.max_steps != 120
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9), "the learning rate ends with training"
+
+
+def test_annealing_is_a_share_of_the_steps(tmp_path):
+    trainer = make_trainer(tmp_path, capacity_schedule="anneal", capacity=0.3, anneal_steps=0.5, max_steps=8)
+    seen = record_capacities(trainer.model)
+    trainer.train()
+    assert seen[0] == 1.0 and seen[3] > 0.3 and seen[4:] == [0.3] * 4
+    assert trainer.model.config.capacity == 0.3
+
+
+def test_what_is_logged(tmp_path):
+    """Means over the steps since the last log, against what the model's outputs say."""
+    trainer = make_trainer(
+        tmp_path,
+        model=randomise_(tiny_model(router_layers=(0, 1)), alpha=0.2),
+        capacity_schedule="uniform",
+        max_steps=4,
+        logging_steps=2,
+        gradient_accumulation_steps=2,
+        learning_rate=0.0,
+        weight_decay=0.0,
+    )
+    entropies, loads, capacities = [], [], record_capacities(trainer.model)
+
+    def record(model, args, output):
+        probabilities = torch.stack(output.router_logits).softmax(-1)
+        entropies.append(torch.distributions.Categorical(probabilities).entropy().mean().item())
+        experts = torch.stack(output.expert_indices)
+        loads.append([(experts == expert).float().mean().item() for expert in range(4)])
+
+    trainer.model.register_forward_hook(record)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for i, log in enumerate(logs):
+        part = slice(4 * i, 4 * (i + 1))
+        assert log["capacity"] == pytest.approx(sum(capacities[part]) / 4)
+        assert log["router_entropy"] == pytest.approx(sum(entropies[part]) / 4, abs=1e-5)
+        for expert in range(4):
+            assert log[f"router_load_{expert}"] == pytest.approx(sum(load[expert] for load in loads[part]) / 4)
+        assert (log["router_alpha_0"], log["router_alpha_1"]) == pytest.approx((0.2, 0.3))
+        assert log["images_per_second"] > 0
+    assert logs[-1]["macs"] == trainer.state.total_flos / 2
+    assert logs[0]["macs"] == 3 * 4 * sum(count_macs(trainer.model.config, capacity) for capacity in capacities[:4])
+
+
+@pytest.mark.parametrize("router_type", ["random", "argmax"])
+def test_logs_of_other_routers(tmp_path, router_type):
+    trainer = make_trainer(tmp_path, model=tiny_model(router_type=router_type), max_steps=1, logging_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert ("router_entropy" in log) == ("router_alpha_0" in log) == (router_type == "argmax")
+    assert sum(log[f"router_load_{expert}"] for expert in range(4)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("capacity", [1.0, 0.4, 0.125, (0, 1, 0, 0)])
+@pytest.mark.parametrize("fields", [{}, {"pooling": "cls", "router_layers": (0, 1)}, {"router_type": "argmax"}])
+def test_every_parameter_has_a_gradient_at_every_capacity(capacity, fields):
+    """So that DDP need not search for those without one (MoNETrainingArguments turns this off)."""
+    model = tiny_model(**fields)
+    model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1]), capacity=capacity).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_compiled_layers_compute_the_same_at_every_capacity(tmp_path, monkeypatch):
+    """One graph for each, past dynamo's limit, and all layers share it. Traced only: inductor takes minutes."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend="eager", **kwargs)
+    )
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 256)
+    torch._dynamo.reset()
+    options = {"capacity_schedule": "joint", "max_steps": 2, "logging_steps": 1}
+    logs = []
+    for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        trainer = make_trainer(tmp_path, model=tiny_model(initializer_range=0.2), compile_layers=compiled, **options)
+        trainer.train()
+        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if compiled else 0)
+    assert logs[0] == pytest.approx(logs[1], abs=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model(initializer_range=0.2)
+        make_trainer(
+            tmp_path,
+            model=model,
+            capacity_schedule="joint",
+            max_steps=2,
+            activation_checkpointing=checkpointing,
+            optim="sgd",
+            learning_rate=0.1,
+        ).train()
+        assert model.is_activation_checkpointing == checkpointing
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_mixed_precision(tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        model = tiny_model(initializer_range=0.2)
+        trainer = make_trainer(tmp_path, model=model, capacity_schedule="joint", bf16=bf16, max_steps=3)
+        losses.append(trainer.train().training_loss)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+class AtStep(TrainerCallback):
+    """Calls `action(model)` at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.action(model)
+
+
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2, "learning_rate": 3e-3}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, capacity_schedule="uniform", lr_scheduler_type="constant", **SAVING)
+    trainer.add_callback(AtStep(3, lambda model: model.classifier.weight.data.fill_(float("nan"))))
+    capacity = CapacitySchedule("uniform")(3)[0]
+    folder = tmp_path / "out" / "checkpoint-2"
+    with pytest.raises(
+        FloatingPointError, match=rf"step 3, with capacity {capacity} and learning rate 0\.003"
+    ) as error:
+        trainer.train()
+    assert str(folder) in str(error.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    assert last_complete_checkpoint(tmp_path / "out") == str(folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss does not show them before the next step."""
+    trainer = make_trainer(tmp_path, **SAVING)
+    trainer.add_callback(AtStep(4, lambda model: model.classifier.weight.data.fill_(float("inf"))))
+    with pytest.raises(FloatingPointError, match="Weights are not finite after step 4"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+
+    trainer = make_trainer(tmp_path / "end", **{**SAVING, "save_strategy": "no"})
+    trainer.add_callback(AtStep(6, lambda model: model.classifier.weight.data.fill_(float("inf"))))
+    with pytest.raises(FloatingPointError, match="Weights are not finite after step 6"):
+        trainer.train()  # before anyone saves its result
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, **SAVING)
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path) and "optimizer" in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written: .*No space left.*checkpoint-2\. Start"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    again = make_trainer(tmp_path, **SAVING)
+    again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "out"))
+    assert again.state.global_step == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_to_go_on_from(tmp_path, number):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    options = {**SAVING, "capacity_schedule": "uniform", "save_steps": 5}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    trainer = make_trainer(tmp_path, **options)
+    trainer.add_callback(AtStep(3, lambda model: os.kill(os.getpid(), number)))
+    with pytest.raises(
+        KeyboardInterrupt, match=rf"{number.name} at step [34]\. The last complete .*checkpoint-[34]\."
+    ):
+        trainer.train()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "out"))
+    for name, expected in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], expected, atol=0, rtol=0, msg=name)
+
+
 def test_total_flos_counts_what_was_computed(tmp_path):
     trainer = make_trainer(tmp_path, capacity_schedule="uniform", max_steps=4, logging_steps=1)
     trainer.train()
     config = trainer.model.config
-    macs = [count_macs(config, capacity_at_step("uniform", step, capacity=1.0, seed=42)) for step in range(4)]
+    macs = [count_macs(config, CapacitySchedule("uniform")(step)[0]) for step in range(4)]
     assert trainer.state.total_flos == 6 * 4 * sum(macs)
 
 
@@ -210,15 +595,47 @@ def test_the_best_checkpoint_is_chosen_by_the_mean_over_capacities(tmp_path):
     assert trainer.state.best_metric == pytest.approx(min(losses))
 
 
-@pytest.mark.parametrize("args", [{"capacity": 1.2}, {"capacity": 0.05}, {"eval_capacities": [0.4, 0.0]}])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"capacity": 1.2},
+        {"capacity": 0.05},
+        {"eval_capacities": [0.4, 0.0]},
+        {"capacity_grid": [0.1, 0.5], "capacity_schedule": "uniform"},
+        {"capacity_range": [0.5, 1.1], "capacity_schedule": "uniform"},
+    ],
+)
 def test_a_capacity_that_is_not_allowed_is_found_before_any_work(tmp_path, args):
     with pytest.raises(ValueError, match=r"capacity=.* \[0\.125, 1\]"):
         make_trainer(tmp_path, **args)
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"capacity_range": [0.5]}, r"capacity_range=\[0\.5\] must be two"),
+        ({"capacity_range": [0.2, 0.5], "capacity_grid": [0.3]}, r"capacity_grid=\[0\.3\]"),
+        ({"anneal_steps": -1}, "anneal_steps=-1"),
+        ({"distillation_weight": 1.5}, r"distillation_weight=1\.5"),
+        ({"distillation_temperature": 0}, "distillation_temperature=0"),
+        ({"capacity_schedule": "unifrom"}, "'unifrom'.*uniform"),
+    ],
+)
+def test_arguments_that_are_not_allowed(tmp_path, args, message):
+    with pytest.raises(ValueError, match=message):
+        MoNETrainingArguments(output_dir=str(tmp_path), **args)
+
+
+def test_a_grid_and_a_range_of_ones_own(tmp_path):
+    own = make_trainer(tmp_path, capacity_schedule="uniform", capacity_grid=[0.2, 0.7])
+    assert {own.schedule(step)[0] for step in range(50)} == {0.2, 0.7}
+    between = make_trainer(tmp_path, capacity_schedule="uniform", capacity_range=[0.2, 0.23])
+    assert {between.schedule(step)[0] for step in range(50)} == {0.2, 0.21, 0.22, 0.23}
+
+
 def test_grid_keeps_to_what_fewer_experts_allow(tmp_path):
     trainer = make_trainer(tmp_path, model=tiny_model(num_experts=2), capacity_schedule="uniform")
-    assert trainer.grid == (0.55, 0.65, 0.75, 0.85, 0.95)
+    assert trainer.schedule.grid == (0.55, 0.65, 0.75, 0.85, 0.95)
 
 
 def test_early_stopping_sees_the_means(tmp_path):

@@ -2,11 +2,15 @@
 """Labelled data sets from the Hub, from folders or from files: what images and videos have in common."""
 
 import glob
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from datasets.features.features import FeatureType
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_labelled_datasets(
@@ -126,6 +130,12 @@ def _with_class_labels(splits: DatasetDict, label_names: list[str] | None) -> Da
         unknown = sorted(set(split.features["label"].names) - set(expected))
         if unknown:
             raise ValueError(f"The {name} set has the classes {unknown}, which are not among {expected}.")
+        missing = sorted(set(expected) - set(split.features["label"].names))
+        if missing:
+            logger.warning(
+                "The %s set has no examples of %d of the %d classes: %s.",
+                *(name, len(missing), len(expected), ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")),
+            )
         if split.features["label"].names != expected:
             splits[name] = _renumber(split, expected)
     return splits

@@ -2,16 +2,19 @@
 """Training of MoNE models on transformers' Trainer."""
 
 from .arguments import MoNETrainingArguments
+from .distillation import Teacher, distillation_loss
 from .metrics import Accuracy, classification_metrics
-from .schedules import PAPER_GRID, capacity_at_step
+from .schedules import PAPER_GRID, CapacitySchedule
 from .trainer import MoNETrainer
 
 
 __all__ = [
     "PAPER_GRID",
     "Accuracy",
+    "CapacitySchedule",
     "MoNETrainer",
     "MoNETrainingArguments",
-    "capacity_at_step",
+    "Teacher",
     "classification_metrics",
+    "distillation_loss",
 ]

@@ -13,17 +13,52 @@ class MoNETrainingArguments(TrainingArguments):
     capacity: float | None = field(
         default=None,
         metadata={
-            "help": "Effective capacity of training with the fixed schedule, and of evaluation without "
-            "--eval_capacities, in [1/2**(E-1), 1]. Default: the model config's."
+            "help": "Effective capacity, in [1/2**(E-1), 1], of training with the fixed schedule, at the end of the "
+            "anneal schedule, and of evaluation without --eval_capacities. Default: the model config's."
         },
     )
     capacity_schedule: str = field(
         default="fixed",
         metadata={
-            "help": "fixed: every step at --capacity. uniform: every step at a capacity drawn from the paper's grid "
-            "0.15, 0.25, ..., 0.95, so that one model serves every budget.",
+            "help": "fixed: every step at --capacity. uniform: every step at a capacity drawn from --capacity_grid or "
+            "--capacity_range, so that one model serves every budget. anneal: from the dense model to --capacity. "
+            "joint: every step at all nested widths, losses summed (MatViT).",
             "choices": list(CAPACITY_SCHEDULES),
         },
+    )
+    capacity_grid: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Capacities of the uniform schedule. Default: the paper's 0.15, 0.25, ..., 0.95."},
+    )
+    capacity_range: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Smallest and largest capacity that the uniform schedule draws from, in steps of 0.01."},
+    )
+    anneal_steps: float = field(
+        default=0.5,
+        metadata={
+            "help": "Steps after which the anneal schedule has reached --capacity. A number below 1 is a share of the "
+            "steps of --num_train_epochs or --max_steps (without those that --iso_flops adds)."
+        },
+    )
+    iso_flops: bool = field(
+        default=False,
+        metadata={
+            "help": "Train for as many steps as cost what the dense model costs in --num_train_epochs or --max_steps."
+        },
+    )
+    distill_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "self: every step also trains the dense model, whose predictions teach the smaller ones. Or the "
+            "folder or Hub name of a classifier of transformers with the same classes."
+        },
+    )
+    distillation_weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher in the loss, in [0, 1]; the labels have the rest."}
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature that softens both predictions."}
     )
     eval_capacities: list[float] = field(
         default_factory=list,
@@ -39,6 +74,13 @@ class MoNETrainingArguments(TrainingArguments):
             "Default: --learning_rate."
         },
     )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the layers one by one: one graph for each capacity and batch size, so that "
+            "--dataloader_drop_last saves one. (--torch_compile compiles the whole model, which takes far longer.)"
+        },
+    )
     mixup: float = field(
         default=0.0,
         metadata={
@@ -47,10 +89,16 @@ class MoNETrainingArguments(TrainingArguments):
         },
     )
 
+    # MoNETrainer ends a run whose loss is not finite. This would hide it, and wait for the device at each step.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the logged mean."}
+    )
+
     def __post_init__(self):
         # A YAML file gives a lone capacity as a number, and 1e-3 as text.
-        if isinstance(self.eval_capacities, (int, float)):
-            self.eval_capacities = [self.eval_capacities]
+        for name in ("eval_capacities", "capacity_grid", "capacity_range"):
+            if isinstance(getattr(self, name), (int, float)):
+                setattr(self, name, [getattr(self, name)])
         for name in ("learning_rate", "router_learning_rate"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, float(getattr(self, name)))
@@ -58,4 +106,18 @@ class MoNETrainingArguments(TrainingArguments):
             raise ValueError(f"capacity_schedule={self.capacity_schedule!r} must be one of {CAPACITY_SCHEDULES}.")
         if not self.mixup >= 0:
             raise ValueError(f"mixup={self.mixup} must be 0 or a positive number.")
+        if self.capacity_range and (len(self.capacity_range) != 2 or self.capacity_grid):
+            raise ValueError(
+                f"capacity_range={self.capacity_range} must be two capacities, without capacity_grid, "
+                f"got capacity_grid={self.capacity_grid}."
+            )
+        if not self.anneal_steps >= 0:
+            raise ValueError(f"anneal_steps={self.anneal_steps} must be 0 or more.")
+        if not 0 <= self.distillation_weight <= 1:
+            raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1].")
+        if not self.distillation_temperature > 0:
+            raise ValueError(f"distillation_temperature={self.distillation_temperature} must be above 0.")
+        if self.ddp_find_unused_parameters is None:
+            # Every parameter has a part in every loss, at every capacity: there is nothing to search for.
+            self.ddp_find_unused_parameters = False
         super().__post_init__()

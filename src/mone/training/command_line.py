@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 import transformers
 from datasets import DatasetDict
 from transformers import BaseImageProcessor, BaseVideoProcessor, HfArgumentParser, PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from ..configuration_mone import MoNEConfig
 from ..data import LabelledExamples, collate_examples
 from ..flops import count_macs
 from .arguments import MoNETrainingArguments
 from .metrics import classification_metrics
+from .resumption import last_complete_checkpoint
 from .trainer import MoNETrainer
 
 
@@ -172,10 +173,9 @@ def train_and_evaluate(
     )
     metrics = {}
     if args.do_train:
-        checkpoint = args.resume_from_checkpoint or _last_checkpoint(args.output_dir)
+        checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
             logger.info("Going on from the checkpoint %s.", checkpoint)
-        first_step = int(str(checkpoint).rpartition("-")[2]) if checkpoint else 0
         result = trainer.train(resume_from_checkpoint=checkpoint)
         unreadable = data_sets["train"].unreadable
         if unreadable:
@@ -186,7 +186,7 @@ def train_and_evaluate(
             )
         trainer.save_model()
         trainer.save_state()
-        if trainer.state.global_step > first_step:  # a run that had finished before keeps its numbers
+        if trainer.state.global_step > trainer._initial_global_step:  # one that had finished before keeps its numbers
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
         metrics.update(result.metrics)
@@ -200,10 +200,3 @@ def train_and_evaluate(
     if args.push_to_hub:
         trainer.push_to_hub(tasks=task, tags=[task, "vision", "mone"])
     return metrics
-
-
-def _last_checkpoint(folder: str) -> str | None:
-    try:
-        return get_last_checkpoint(folder)
-    except FileNotFoundError:
-        return None

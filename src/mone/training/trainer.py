@@ -1,7 +1,11 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer with a capacity for every step and every evaluation."""
+"""transformers' Trainer with the capacities of every step and every evaluation."""
 
 import contextlib
+import copy
+import functools
+import logging
+import os
 import random
 import shutil
 import time
@@ -12,18 +16,35 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
-from ..capacity import relative_widths
+from ..capacity import effective_capacity, relative_widths
 from ..checkpoints import is_written_by_hand
 from ..flops import count_macs
-from ..modeling_mone import classification_loss
+from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
-from .schedules import PAPER_GRID, capacity_at_step
+from .distillation import Teacher, distillation_loss
+from .resumption import (
+    Interruption,
+    describe_last_checkpoint,
+    is_of_fsdp,
+    load_model,
+    load_optimizer,
+    writing_checkpoint,
+)
+from .schedules import PAPER_GRID, CapacitySchedule, capacity_range, is_dense, steps_for_budget
+from .statistics import StepStatistics
+
+
+logger = logging.getLogger(__name__)
 
 
 class MoNECallback(TrainerCallback):
     """What training does beside the steps."""
+
+    def __init__(self, interruption: Interruption):
+        self.interruption = interruption
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # Accelerate tells the data set its epoch in a single process only.
@@ -38,32 +59,45 @@ class MoNECallback(TrainerCallback):
         if state.is_world_process_zero:
             custom_object_save(model, args.output_dir)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interruption.signal is not None:
+            control.should_save = control.should_training_stop = True
+
 
 class MoNETrainer(Trainer):
     """Trainer for MoNE models; `args` is a [`MoNETrainingArguments`].
 
-    Each training step runs at the capacity of `args.capacity_schedule`, each evaluation at `args.eval_capacities`.
-    The routers may have their own learning rate, alpha has no weight decay, and `total_flos` counts what the model
-    computed at the capacities it ran at (forward and backward, two operations per multiply-accumulate).
+    Each training step runs at the capacities of `args.capacity_schedule`, each evaluation at `args.eval_capacities`.
+    Where a step has several capacities (`joint`, or distillation from the dense model), the loss is the sum over
+    them on the same batch; each is propagated back before the next, so that memory does not grow with their number.
+    The routers may have their own learning rate, and alpha has no weight decay.
+
+    Logged beside Trainer's own are, as means since the last log, the capacity, the routers' entropy (nats), the share
+    of tokens of each expert (`router_load_0` is the smallest) and images per second; each router's alpha; and the
+    multiply-accumulates spent since the start (`macs`: forward, twice that for the backward, and the teacher's
+    forward). `total_flos` is two operations for each of them.
 
     Training mixes examples (`args.mixup`) and smooths labels (`args.label_smoothing_factor`); evaluation does neither.
     The logits of several clips of a video, pixel_values (batch, clips, frames, channels, height, width), are averaged.
 
+    A run ends with a message about the last complete checkpoint when its loss or its weights are not finite
+    (FloatingPointError; such weights are never saved), when a checkpoint cannot be written (OSError), and after Ctrl-C
+    or SIGTERM, where a run on one process saves a checkpoint first.
+
     Raises:
-        ValueError: when it is made, for a capacity that the model does not allow.
+        ValueError: when it is made, for a capacity that the model does not allow, or a teacher that does not fit.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         config = self.model.config
         self.capacity = config.capacity if self.args.capacity is None else self.args.capacity
-        for capacity in (self.capacity, *self.args.eval_capacities):
+        others = (*self.args.eval_capacities, *self.args.capacity_grid, *self.args.capacity_range)
+        for capacity in (self.capacity, *others):
             config.resolve_capacity(capacity)
-        if self.args.capacity_schedule == "fixed":
+        if self.args.capacity_schedule in ("fixed", "anneal"):
             config.capacity = self.capacity  # what it is trained for is what the saved model runs at
-        # With fewer than four experts the smallest model is larger than the grid's first entries.
-        smallest = relative_widths(config.num_experts)[0]
-        self.grid = tuple(capacity for capacity in PAPER_GRID if capacity >= smallest)
+        self.schedule = self._make_schedule(anneal_steps=0)
         self._eval_capacity = self.capacity
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
         self.label_smoother = None
@@ -74,30 +108,150 @@ class MoNETrainer(Trainer):
                     f"problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
             config.problem_type = "single_label_classification"
-        self.add_callback(MoNECallback())
+        self.teacher, self._teacher_logits = None, None
+        if self.args.distill_from is not None:
+            if config.problem_type == "regression" or config.num_labels < 2:
+                raise ValueError(
+                    f"distill_from={self.args.distill_from!r} needs classification, got "
+                    f"problem_type={config.problem_type!r} and {config.num_labels} classes."
+                )
+            if self.args.distill_from != "self":
+                self.teacher = Teacher(self.args.distill_from, config, self.processing_class).to(self.args.device)
+        if self.args.compile_layers:
+            # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
+            # code that recompiles by mistake. Behind them layers would run uncompiled.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+            for module in self.model.modules():
+                if isinstance(module, MoNELayer):
+                    module.compile(dynamic=False)
+        self._statistics = StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
+        self._interruption = Interruption(at_once=self.args.world_size > 1)
+        self.add_callback(MoNECallback(self._interruption))
+
+    # --- schedule and budget -----------------------------------------------------------------------------------------
+
+    def _make_schedule(self, anneal_steps: int) -> CapacitySchedule:
+        config, args = self.model.config, self.args
+        grid = tuple(args.capacity_grid)
+        if args.capacity_range:
+            grid = capacity_range(*args.capacity_range)
+        elif not grid:
+            # With fewer than four experts the smallest model is larger than the grid's first entries.
+            grid = tuple(capacity for capacity in PAPER_GRID if capacity >= relative_widths(config.num_experts)[0])
+        return CapacitySchedule(
+            args.capacity_schedule,
+            self.capacity,
+            grid,
+            anneal_steps,
+            config.num_experts,
+            dense_first=args.distill_from == "self",
+            seed=args.seed,
+        )
+
+    def step_capacities(self) -> tuple:
+        """The capacities of the current optimiser step."""
+        return self.schedule(self.state.global_step)
+
+    def training_macs(self, capacities: tuple, image_size: tuple[int, int] | None = None) -> int:
+        """Multiply-accumulates of training on one example at `capacities`.
+
+        The backward counts twice as much as the forward; what activation checkpointing computes again does not count.
+        """
+        macs = sum(3 * count_macs(self.model.config, capacity, image_size) for capacity in capacities)
+        return macs + (0 if self.teacher is None else self.teacher.macs)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Operations of one training step on `inputs`, two per multiply-accumulate."""
+        pixel_values = inputs["pixel_values"]
+        return 2 * self.training_macs(self.step_capacities(), tuple(pixel_values.shape[-2:])) * pixel_values.shape[0]
+
+    def set_initial_training_values(self, args, dataloader):
+        """As Trainer's, after which the schedule is known. With `args.iso_flops` as many steps as the budget pays for.
+
+        The budget is what the dense model (capacity 1.0) spends in `args.num_train_epochs`, or `args.max_steps`.
+        """
+        values = super().set_initial_training_values(args, dataloader)
+        _, steps_per_epoch, num_examples, _, batch_size, _, dense_steps = values
+        anneal = args.anneal_steps
+        self.schedule = self._make_schedule(round(anneal * dense_steps if anneal < 1 else anneal))
+        if not args.iso_flops:
+            return values
+
+        last_batch = num_examples - (steps_per_epoch - 1) * batch_size
+        if not 0 < last_batch <= batch_size:  # none that is smaller: dropped, or a stream
+            last_batch = batch_size
+        macs = functools.lru_cache(self.training_macs)
+
+        def examples(step):
+            return last_batch if step % steps_per_epoch == steps_per_epoch - 1 else batch_size
+
+        dense = 3 * count_macs(self.model.config, 1.0)
+        budget = dense * sum(examples(step) for step in range(dense_steps))
+        steps, spent = steps_for_budget(lambda step: macs(self.schedule(step)) * examples(step), budget)
+        logger.info(
+            "isoFLOPs: %d steps (%.2f epochs) with the %s schedule are %.6g multiply-accumulates of training; "
+            "%d steps (%.2f epochs) of the dense model are %.6g.",
+            *(steps, steps / steps_per_epoch, args.capacity_schedule, spent),
+            *(dense_steps, dense_steps / steps_per_epoch, budget),
+        )
+        args = copy.copy(args)
+        args.max_steps = steps
+        return super().set_initial_training_values(args, dataloader)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
 
     @property
     def softens_labels(self) -> bool:
         """Whether training turns class numbers into probabilities."""
         return self.args.mixup > 0 or self.args.label_smoothing_factor > 0
 
-    def step_capacity(self) -> float:
-        """The capacity of the current optimiser step."""
-        return capacity_at_step(
-            self.args.capacity_schedule,
-            self.state.global_step,
-            capacity=self.capacity,
-            seed=self.args.seed,
-            grid=self.grid,
-        )
+    def train(self, *args, **kwargs):
+        """As Trainer's. After Ctrl-C or SIGTERM raises KeyboardInterrupt, with a message that says how to go on."""
+        try:
+            with self._interruption:
+                output = super().train(*args, **kwargs)
+            if self._interruption.signal is not None:
+                raise KeyboardInterrupt(self._interruption.signal.name)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"Training was stopped by {str(error) or 'Ctrl-C'} at step {self.state.global_step}. "
+                f"{describe_last_checkpoint(self.args.output_dir)} Start the same command again to go on from it."
+            ) from None
+        return output
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        inputs = {**self._prepare_inputs(inputs), "capacity": self.step_capacity()}
+        inputs = {**self._prepare_inputs(inputs), "output_router_logits": True}
         if self.softens_labels:
             inputs |= self._soften_labels(inputs["pixel_values"], inputs["labels"])
             if num_items_in_batch is not None:
                 num_items_in_batch = num_items_in_batch * self.model.config.num_labels
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self.teacher is not None:
+            with self.accelerator.autocast():
+                self._teacher_logits = self.teacher(inputs["pixel_values"])
+        *others, last = self.step_capacities()
+        losses = []
+        for capacity in others:
+            with self._without_sync(model):
+                losses.append(super().training_step(model, {**inputs, "capacity": capacity}, num_items_in_batch))
+        losses.append(super().training_step(model, {**inputs, "capacity": last}, num_items_in_batch))
+        self._teacher_logits = None
+        loss = torch.stack(losses).sum()
+        self._statistics.add_loss(loss, self.state.global_step, len(inputs["pixel_values"]))
+        return loss
+
+    @contextlib.contextmanager
+    def _without_sync(self, model):
+        """For a backward that another of the same micro-batch follows: processes exchange gradients in the last."""
+        gradient_state = self.accelerator.gradient_state
+        if not gradient_state.sync_gradients:  # nor does this micro-batch
+            yield
+            return
+        gradient_state._set_sync_gradients(False)  # DeepSpeed would take an optimiser step
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            gradient_state._set_sync_gradients(True)
 
     def _soften_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Smoothed and mixed: labels (batch,) -> probabilities (batch, num_labels)."""
@@ -113,15 +267,49 @@ class MoNETrainer(Trainer):
         return {"pixel_values": pixel_values, "labels": labels}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As Trainer's; the logits of several clips of a video are averaged (paper: of 8)."""
+        """As Trainer's; the logits of several clips of a video are averaged (paper: of 8).
+
+        In training, the labels' loss and the teacher's are weighted by `args.distillation_weight`. The dense model
+        that teaches itself has its labels alone.
+        """
         if inputs["pixel_values"].dim() < 6:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if not model.training or return_outputs:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            capacity = inputs["capacity"]
+            self._statistics.add_forward(
+                effective_capacity(self.model.config.resolve_capacity(capacity)),
+                outputs["router_logits"],
+                outputs["expert_indices"],
+            )
+            if self.args.distill_from == "self" and is_dense(capacity):
+                self._teacher_logits = outputs["logits"].detach()
+            elif self._teacher_logits is not None:
+                divergence = self._distillation_loss(outputs["logits"], inputs["labels"], num_items_in_batch)
+                weight = self.args.distillation_weight
+                loss = (1 - weight) * loss + weight * divergence
+            return loss
         inputs = dict(inputs)
         labels, clips = inputs.pop("labels", None), inputs.pop("pixel_values").unbind(1)
         # One after the other: memory does not grow with their number.
         logits = torch.stack([model(pixel_values=clip, **inputs).logits for clip in clips]).mean(0)
         loss = None if labels is None else classification_loss(self.model, logits, labels, num_items_in_batch)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _distillation_loss(self, logits, labels, num_items_in_batch):
+        loss = distillation_loss(
+            logits,
+            self._teacher_logits,
+            self.args.distillation_temperature,
+            multi_label=self.model.config.problem_type == "multi_label_classification",
+        )
+        if num_items_in_batch is None:
+            return loss
+        # As the labels' loss: this micro-batch's part of the step, of all processes, whose gradients are averaged.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss * (labels.numel() * processes / num_items_in_batch)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         return super().prediction_step(model, {**inputs, "capacity": self._eval_capacity}, *args, **kwargs)
@@ -134,8 +322,12 @@ class MoNETrainer(Trainer):
         """
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
         if several or not self.args.eval_capacities:  # Trainer calls this again for each of several data sets
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        loader = self.get_eval_dataloader(eval_dataset)
+            with self._not_training():
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with self._not_training():
+            return self._evaluate_capacities(self.get_eval_dataloader(eval_dataset), ignore_keys, metric_key_prefix)
+
+    def _evaluate_capacities(self, loader, ignore_keys, metric_key_prefix) -> dict[str, float]:
         metrics, values = {}, {}
         try:
             for capacity in self.args.eval_capacities:
@@ -172,6 +364,17 @@ class MoNETrainer(Trainer):
         if not is_written_by_hand(card):
             super().create_model_card(*args, **kwargs)
 
+    @contextlib.contextmanager
+    def _not_training(self):
+        """Time that images per second leave out."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._statistics.start += time.perf_counter() - start
+
+    # --- optimiser ---------------------------------------------------------------------------------------------------
+
     def get_decay_parameter_names(self, model) -> list[str]:
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]
 
@@ -189,8 +392,61 @@ class MoNETrainer(Trainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": self.args.router_learning_rate})
         return optimizer
 
-    def floating_point_ops(self, inputs) -> int:
-        """Operations of one training step on `inputs`: 2 per MAC, and twice the forward's for the backward."""
-        pixel_values = inputs["pixel_values"]
-        macs = count_macs(self.model.config, self.step_capacity(), image_size=tuple(pixel_values.shape[-2:]))
-        return 6 * macs * pixel_values.shape[0]
+    # --- logs and checkpoints ----------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            self._check_finite()
+            logs |= self._statistics.read(self.accelerator)
+            for number, router in enumerate(m for m in self.model.modules() if isinstance(m, Router)):
+                if router.router_type != "random":
+                    alpha = router.alpha.detach()
+                    logs[f"router_alpha_{number}"] = getattr(alpha, "full_tensor", lambda a=alpha: a)().item()
+            logs["macs"] = self.state.total_flos / 2
+        elif "train_loss" in logs:
+            self._check_finite(weights=True)
+        super().log(logs, start_time)
+
+    def _check_finite(self, weights: bool = False) -> None:
+        """Raise FloatingPointError, on all processes, if a loss since the start was not finite or a weight is not."""
+        found = self._statistics.first_bad_step.view(1)
+        if weights:
+            local = (getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters())
+            finite = torch.stack([p.detach().isfinite().all() for p in local]).all().view(1)
+            found = torch.cat([found, (~finite).to(found)])
+        found = self.accelerator.gather(found).view(self.accelerator.num_processes, -1).cpu()
+        steps = found[:, 0][found[:, 0] >= 0]
+        if not len(steps) and not (weights and found[:, 1].any()):
+            return
+        step, what = self.state.global_step, "Weights are not finite after"
+        if len(steps):
+            step, what = int(steps.min()), "The loss is not finite (NaN or infinite) at"
+        raise FloatingPointError(
+            f"{what} step {step}, with capacity {', '.join(map(str, self.schedule(step)))} and learning rate "
+            f"{self._get_learning_rate():g}. Training stops, and these weights are not saved. "
+            f"{describe_last_checkpoint(self.args.output_dir)} The same command would come to the same point again: "
+            "lower the learning rate or max_grad_norm, or warm up for longer."
+        )
+
+    def _save_checkpoint(self, model, trial):
+        self._check_finite(weights=True)
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self._not_training(), writing_checkpoint(folder, self.args.should_save):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What says that a checkpoint is complete, trainer_state.json, comes next and must not be ahead of a process.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled == is_of_fsdp(resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_model(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled == is_of_fsdp(checkpoint):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(checkpoint, self.model, self.optimizer.optimizer)
+        path = os.path.join(checkpoint, SCHEDULER_NAME)
+        self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))

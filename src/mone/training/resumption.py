@@ -1,0 +1,136 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints that survive a full disk, a kill and a signal, and that another number of processes can take up."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SAFE_WEIGHTS_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import sort_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest checkpoint in `folder` that was written to its end; those that were not are named in the log.
+
+    trainer_state.json is the last file of a checkpoint: one that a kill cut short has none, or half of it.
+    """
+    if not os.path.isdir(folder):
+        return None
+    for checkpoint in reversed(sort_checkpoints(str(folder))):
+        try:
+            json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
+        except (OSError, ValueError):
+            logger.warning("The checkpoint %s is incomplete, as if its writing was cut short: left out.", checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def describe_last_checkpoint(folder: str | os.PathLike) -> str:
+    """What a message about a run that ended early says of going on."""
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is None:
+        return f"There is no checkpoint in {folder}: a new run starts from the beginning."
+    return f"The last complete checkpoint is {checkpoint}."
+
+
+@contextlib.contextmanager
+def writing_checkpoint(folder: str | os.PathLike, is_main_process: bool) -> Iterator[None]:
+    """Around the writing of a checkpoint: a failure, such as a full disk, leaves none that looks complete.
+
+    Raises:
+        OSError: instead of what writing raised, with the free space and the last complete checkpoint.
+    """
+    folder = Path(folder)
+    if is_main_process:  # where this step was saved before, until all is written again
+        (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:  # OSError, SafetensorError, torch's RuntimeError, ...
+        parent = folder.parent
+        space = f" {shutil.disk_usage(parent).free / 2**20:.1f} MiB were free there." if parent.exists() else ""
+        # So that it does not keep filling the disk.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(
+            f"The checkpoint {folder} could not be written: {error}.{space} {describe_last_checkpoint(parent)} "
+            "Start the same command again to go on from it."
+        ) from error
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM as a wish to stop, noted in `signal` while the context lasts. A second one stops at once.
+
+    Outside of the main thread signals are left as they are.
+
+    Args:
+        at_once: stop at the first one, too: several processes would note it at different steps.
+    """
+
+    def __init__(self, at_once: bool = False):
+        self.at_once = at_once
+        self.signal: signal.Signals | None = None
+        self._previous = {}
+
+    def __enter__(self):
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number, frame):
+        if self.at_once or self.signal is not None:
+            raise KeyboardInterrupt(signal.Signals(number).name)
+        self.signal = signal.Signals(number)
+        logger.warning("%s: training stops after this step. Once more stops at once.", self.signal.name)
+
+
+def is_of_fsdp(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint holds the full optimiser state by the names of the parameters, as FSDP writes it."""
+    return Path(checkpoint, OPTIMIZER_NAME_BIN).is_file()
+
+
+def load_model(checkpoint: str | os.PathLike, model: nn.Module) -> None:
+    """Load weights across the border of FSDP2: every checkpoint with full state dicts has them as safetensors."""
+    state = safetensors.torch.load_file(Path(checkpoint, SAFE_WEIGHTS_NAME))
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+
+def load_optimizer(checkpoint: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load an optimiser's state across the border of FSDP2: what it wrote without it, or what others wrote with it.
+
+    Args:
+        checkpoint: folder of a run on one process, under DDP, or under FSDP2 with full state dicts.
+        model, optimizer: as this run trains them.
+    """
+    if is_of_fsdp(checkpoint):
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME_BIN), weights_only=True, map_location="cpu")
+    else:
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True, map_location="cpu")
+        # Parameters by number, in the order of the groups, which is that of this run.
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        state = {
+            "state": {ordered[number]: values for number, values in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [ordered[number] for number in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
