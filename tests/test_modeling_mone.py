@@ -629,6 +629,31 @@ def test_compiled_model_returns_recorded_outputs():
 
 
 @pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_vit_base_compiled_layer_by_layer(frozen):
+    """One graph for each capacity and none for further calls; with frozen weights one for each layer, too."""
+    torch.manual_seed(0)
+    model = MoNEForImageClassification(MoNEConfig(num_labels=10)).eval()
+    images = torch.randn(2, 3, 224, 224)
+    capacities = (0.4, 0.3)
+    expected = [model(images, capacity=capacity).logits for capacity in capacities]
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        for layer in model.mone.layers:
+            layer.compile(dynamic=False, fullgraph=True)
+        with torch._inductor.config.patch(freezing=frozen), torch._dynamo.config.patch(recompile_limit=100):
+            for calls in (1, 2):
+                for number, (capacity, logits) in enumerate(zip(capacities, expected, strict=True), start=1):
+                    assert_close(model(images, capacity=capacity).logits, logits)
+                    graphs = number if calls == 1 else len(capacities)
+                    assert counters["stats"]["unique_graphs"] == graphs * (12 if frozen else 1)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
 def test_inductor_equals_eager():
     model, images = make_model(num_hidden_layers=2, router_layers=(0, 1), pooling="cls"), make_images()
     torch._dynamo.reset()
