@@ -79,7 +79,7 @@ class TestWhatDoesNotFit:
         with pytest.raises(ValueError, match=r"copy.image of MoNEForImageClassification.*missing: .*layers\.1\.mlp"):
             auto.from_pretrained(folder / "image")
 
-    def test_missing_routers_are_not_made_anew_unasked(self, folder):
+    def test_half_a_router_is_not_made_anew_unasked(self, folder):
         change(folder / "image", mone__routers__0__alpha=None)
         with pytest.raises(ValueError, match=r"missing: mone\.routers\.0\.alpha\. Pass ignore_mismatched_sizes"):
             MoNEForImageClassification.from_pretrained(folder / "image")

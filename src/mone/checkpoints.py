@@ -24,8 +24,9 @@ class CheckpointMixin:
         """As in transformers, except that weights that do not fit are an error and not a warning.
 
         As there, the classifier is new where the checkpoint is of a model without one, and left out where this model
-        has none. `ignore_mismatched_sizes=True` makes anew whatever has another shape, and also lets classifier and
-        routers be missing or too many, as for other labels or other `router_layers`.
+        has none; routers are new where the checkpoint has none at all, such as a ViT's weights under MoNE's names.
+        `ignore_mismatched_sizes=True` makes anew whatever has another shape, and also lets classifier and routers be
+        missing or too many, as for other labels or other `router_layers`.
 
         Raises:
             ValueError: names the weights that are missing, too many or of another shape.
@@ -46,14 +47,20 @@ class CheckpointMixin:
     def _check_loading_info(self, source: str, info: dict, ignore_mismatched_sizes: bool) -> None:
         """Raise ValueError if transformers' report of loading `source` has more than `from_pretrained` allows."""
         checkpoint_of = self.config.architectures or []
-        has_classifier = any(name.startswith("classifier.") for name, _ in self.named_parameters())
-        new_classifier = type(self).__name__ not in checkpoint_of
+        parameters = {name for name, _ in self.named_parameters()}
+        classifier = {name for name in parameters if name.startswith("classifier.")}
+        routers = {name for name in parameters if "routers." in name}
 
         def replaceable(key: str) -> bool:
             return key.startswith("classifier.") or "routers." in key
 
-        missing = {key for key in info["missing_keys"] if not (new_classifier and key.startswith("classifier."))}
-        extra = {key for key in info["unexpected_keys"] if has_classifier or not key.startswith("classifier.")}
+        missing, extra = set(info["missing_keys"]), set(info["unexpected_keys"])
+        if type(self).__name__ not in checkpoint_of:
+            missing -= classifier
+        if routers <= missing:
+            missing -= routers
+        if not classifier:
+            extra = {key for key in extra if not key.startswith("classifier.")}
         mismatched = {
             f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
         }
