@@ -12,8 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, CLIPImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 from vits import dense_output, make_vit, randomise
 
 from mone import MoNEConfig, MoNEForImageClassification
@@ -88,12 +95,19 @@ def test_a_timm_checkpoint_as_the_hub_has_it(tmp_path):
     config = TimmWrapperConfig(
         architecture="vit_tiny_patch16_224", model_args=fields, num_labels=3, id2label={0: "cat", 1: "dog", 2: "emu"}
     )
+    settings = {"input_size": [3, 32, 32], "crop_pct": 0.9, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    config.pretrained_cfg = {"architecture": "vit_tiny_patch16_224", "interpolation": "bicubic", **settings}
     vit = randomise(TimmWrapperForImageClassification(config))
     vit.save_pretrained(tmp_path)
-    model = mone_from_vit(tmp_path)
+    model, processor = load_image_model_and_processor(tmp_path)
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "emu"}
     torch.testing.assert_close(logits(model), vit(PIXELS).logits, atol=1e-5, rtol=0)
-    assert timm.__version__
+
+    ramp = np.linspace(0, 255, 60 * 45 * 3).reshape(60, 45, 3).astype(np.uint8)
+    transform = timm.data.create_transform(**{**settings, "input_size": (3, 32, 32)}, interpolation="bicubic")
+    processor.save_pretrained(tmp_path / "saved")
+    pixel_values = AutoImageProcessor.from_pretrained(tmp_path / "saved")(ramp, return_tensors="pt").pixel_values[0]
+    torch.testing.assert_close(pixel_values, transform(Image.fromarray(ramp)), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.999])

@@ -97,10 +97,10 @@ def test_registers_without_positions_beside_a_class_token_with_one():
     [
         ({"qk_norm": True}, r"without counterpart: .*q_norm\.weight"),
         ({"global_pool": "max"}, "global_pool='max'"),
-        ({"pos_embed": "none"}, "no pos_embed"),
+        ({"pos_embed": "none"}, r"has no \['pos_embed'\]"),
         ({"block_fn": timm.models.vision_transformer.ResPostBlock}, "ResPostBlock"),
         ({"act_layer": "elu"}, "activation ELU"),
-        ({"mlp_layer": timm.layers.SwiGLU, "act_layer": "silu"}, r"activation SiLU"),
+        ({"mlp_layer": timm.layers.SwiGLU, "act_layer": "silu"}, r"has no \['blocks\.0\.mlp\.fc1\.weight'\]"),
     ],
 )
 def test_what_cannot_be_mapped(fields, message):

@@ -146,6 +146,22 @@ def test_an_error_leaves_nothing_behind(tmp_path, dinov2, monkeypatch):
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["mone"]
 
 
+def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, dinov2, monkeypatch):
+    destination = tmp_path / "out" / "mone"
+    convert.main([str(dinov2), str(destination)])
+    before, rename = files(tmp_path / "out"), Path.rename
+
+    def fail(self, target):
+        if self.name == "new":
+            raise OSError("Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        convert.main([str(dinov2), str(destination), "--overwrite"])
+    assert files(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

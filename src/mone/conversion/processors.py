@@ -2,10 +2,11 @@
 """The image processor of a source, fitted to the model that is made of it."""
 
 import logging
+import math
 from pathlib import Path
 
-from transformers import AutoImageProcessor, BaseImageProcessor, ViTImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, ViTImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..video_processing_mone import MoNEViViTVideoProcessor
@@ -20,10 +21,23 @@ def load_image_processor(source: str | Path, **hub) -> BaseImageProcessor | None
     if folder.is_dir() and not any((folder / name).exists() for name in ("preprocessor_config.json", "config.json")):
         return None
     try:
-        return AutoImageProcessor.from_pretrained(folder if folder.is_dir() else source, **hub)
+        processor = AutoImageProcessor.from_pretrained(folder if folder.is_dir() else source, **hub)
     except (OSError, ValueError, KeyError) as error:
         logger.info("%s has no image processor: %s", source, error)
         return None
+    return from_timm_settings(processor.data_config) if hasattr(processor, "data_config") else processor
+
+
+def from_timm_settings(settings: dict) -> BitImageProcessor:
+    """timm's evaluation transform as an image processor of transformers, which can be saved beside a MoNE."""
+    height, width = settings["input_size"][1:]
+    return BitImageProcessor(
+        size={"shortest_edge": math.floor(max(height, width) / settings["crop_pct"])},
+        crop_size={"height": height, "width": width},
+        resample=PILImageResampling[settings["interpolation"].upper()],
+        image_mean=list(settings["mean"]),
+        image_std=list(settings["std"]),
+    )
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:

@@ -61,12 +61,11 @@ def from_timm(
                 weights[target.replace("attn.qkv", f"attention.{projection}_proj")] = part
         else:
             weights[target] = value
-    needed = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
-    if any(key not in weights for key in needed):
-        raise ValueError(
-            f"{name} has no patch_embed.proj.weight or no pos_embed: it is no ViT with learned positions."
-        )
-    patches, positions = (weights[key] for key in needed)
+    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    missing = [key for key in needed if key not in state]
+    if missing:
+        raise ValueError(f"{name} has no {missing}: it is no plain ViT with learned positions.")
+    patches, positions, hidden = (state[key] for key in needed)
     width, patch_size = patches.shape[0], tuple(patches.shape[2:])
     fold_layer_scale(weights, "ls1.gamma", "ls2.gamma")
     if "embeddings.patch_embeddings.projection.bias" not in weights and "norm_pre.weight" in state:
@@ -100,9 +99,7 @@ def from_timm(
         **facts,
         "hidden_size": width,
         "num_hidden_layers": count_layers(state),
-        "intermediate_size": state["blocks.0.mlp.fc1.bias"].shape[0]
-        if "blocks.0.mlp.fc1.bias" in state
-        else 4 * width,
+        "intermediate_size": hidden.shape[0],
         "patch_size": patch_size,
         "num_channels": patches.shape[1],
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
