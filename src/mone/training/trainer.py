@@ -378,7 +378,7 @@ class MoNETrainer(Trainer):
             self._check_finite()
             logs |= self._statistics.read(self.accelerator)
             for number, router in enumerate(m for m in self.model.modules() if isinstance(m, Router)):
-                if router.router_type != "random":
+                if router.router_type != "random" and router.alpha.numel():  # ZeRO-3 keeps it elsewhere
                     alpha = router.alpha.detach()
                     logs[f"router_alpha_{number}"] = getattr(alpha, "full_tensor", lambda a=alpha: a)().item()
             logs["macs"] = self.state.total_flos / 2
