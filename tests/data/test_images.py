@@ -1,5 +1,7 @@
 """Image data sets from folders and parquet files, and their transforms."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,16 @@ def test_folders(tmp_path, cache):
     assert splits["validation"].features["label"].names == ["cat", "dog", "emu"]
     assert sorted(splits["validation"]["label"]) == [1, 2]
     assert splits["validation"][0]["image"].mode == "RGB"
+
+
+def test_a_class_that_validation_lacks_is_named(tmp_path, cache, caplog):
+    with caplog.at_level(logging.WARNING):
+        load_image_datasets(
+            train_dir=write_folder(tmp_path / "train", ["cat", "dog", "emu"], per_class=1),
+            validation_dir=write_folder(tmp_path / "validation", ["dog", "emu"], per_class=1),
+            cache_dir=cache,
+        )
+    assert "The validation set has no examples of 1 of the 3 classes: cat." in caplog.text
 
 
 def test_a_class_that_only_validation_has(tmp_path, cache):

@@ -47,6 +47,23 @@ def tiny_model(**config) -> MoNEForImageClassification:
     return MoNEForImageClassification(MoNEConfig(**{**fields, **config}))
 
 
+def tiny_video_model() -> MoNEViViTForVideoClassification:
+    torch.manual_seed(0)
+    config = MoNEViViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_temporal_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        tubelet_size=(2, 8, 8),
+        num_frames=4,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    return MoNEViViTForVideoClassification(config)
+
+
 def rows(count: int, labels=lambda i: i % 3) -> list[dict]:
     generator = torch.Generator().manual_seed(1)
     return [{"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": labels(i)} for i in range(count)]
@@ -416,6 +433,17 @@ def test_every_parameter_has_a_gradient_at_every_capacity(capacity, fields):
     """So that DDP need not search for those without one (MoNETrainingArguments turns this off)."""
     model = tiny_model(**fields)
     model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 1]), capacity=capacity).loss.backward()
+    check_gradients(model)
+
+
+@pytest.mark.parametrize("capacity", [1.0, 0.4, (0, 1, 0, 0)])
+def test_every_parameter_of_a_video_model_has_a_gradient(capacity):
+    model = tiny_video_model()
+    model(torch.randn(2, 4, 3, 16, 16), labels=torch.tensor([0, 1]), capacity=capacity).loss.backward()
+    check_gradients(model)
+
+
+def check_gradients(model):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
@@ -753,20 +781,7 @@ def test_mixup_needs_one_label_out_of_several(tmp_path, config):
 
 
 def test_logits_of_clips_are_averaged_and_unreadable_ones_left_out(tmp_path):
-    torch.manual_seed(0)
-    config = MoNEViViTConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_temporal_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=16,
-        tubelet_size=(2, 8, 8),
-        num_frames=4,
-        num_labels=3,
-        initializer_range=0.2,
-    )
-    model = MoNEViViTForVideoClassification(config)
+    model = tiny_video_model()
     generator = torch.Generator().manual_seed(1)
     videos = [
         {"pixel_values": torch.randn(5, 4, 3, 16, 16, generator=generator), "labels": [0, 2, IGNORED, 1][i]}

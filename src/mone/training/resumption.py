@@ -102,25 +102,29 @@ class Interruption:
         logger.warning("%s: training stops after this step. Once more stops at once.", self.signal.name)
 
 
-def is_of_fsdp(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint holds the full optimiser state by the names of the parameters, as FSDP writes it."""
-    return Path(checkpoint, OPTIMIZER_NAME_BIN).is_file()
+# Trainer keeps an optimiser's state by the numbers of the parameters, in optimizer.pt; under FSDP2, with full state
+# dicts, by their names in optimizer.bin. Each reads its own only.
+
+
+def crosses_fsdp(checkpoint: str | os.PathLike, is_fsdp_enabled: bool) -> bool:
+    """Whether a run with FSDP2 goes on from a checkpoint without, or the other way round."""
+    return Path(checkpoint, OPTIMIZER_NAME if is_fsdp_enabled else OPTIMIZER_NAME_BIN).is_file()
 
 
 def load_model(checkpoint: str | os.PathLike, model: nn.Module) -> None:
-    """Load weights across the border of FSDP2: every checkpoint with full state dicts has them as safetensors."""
+    """Load the weights, which every checkpoint with full state dicts has as safetensors, with FSDP2 or without."""
     state = safetensors.torch.load_file(Path(checkpoint, SAFE_WEIGHTS_NAME))
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
 
 
 def load_optimizer(checkpoint: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load an optimiser's state across the border of FSDP2: what it wrote without it, or what others wrote with it.
+    """Load an optimiser's state that was written with FSDP2, or without, into an optimiser of either kind.
 
     Args:
         checkpoint: folder of a run on one process, under DDP, or under FSDP2 with full state dicts.
         model, optimizer: as this run trains them.
     """
-    if is_of_fsdp(checkpoint):
+    if Path(checkpoint, OPTIMIZER_NAME_BIN).is_file():
         state = torch.load(Path(checkpoint, OPTIMIZER_NAME_BIN), weights_only=True, map_location="cpu")
     else:
         state = torch.load(Path(checkpoint, OPTIMIZER_NAME), weights_only=True, map_location="cpu")

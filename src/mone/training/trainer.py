@@ -27,8 +27,8 @@ from ..routing import Router
 from .distillation import Teacher, distillation_loss
 from .resumption import (
     Interruption,
+    crosses_fsdp,
     describe_last_checkpoint,
-    is_of_fsdp,
     load_model,
     load_optimizer,
     writing_checkpoint,
@@ -140,7 +140,7 @@ class MoNETrainer(Trainer):
             grid = tuple(capacity for capacity in PAPER_GRID if capacity >= relative_widths(config.num_experts)[0])
         return CapacitySchedule(
             args.capacity_schedule,
-            self.capacity,
+            tuple(self.capacity) if isinstance(self.capacity, (list, tuple)) else self.capacity,
             grid,
             anneal_steps,
             config.num_experts,
@@ -320,11 +320,12 @@ class MoNETrainer(Trainer):
         With several capacities the metrics of each are named `{prefix}_capacity_{capacity:g}_...`, and
         `{prefix}_loss`, `{prefix}_accuracy`, ... are their means, by which the best checkpoint is chosen.
         """
-        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
-        if several or not self.args.eval_capacities:  # Trainer calls this again for each of several data sets
-            with self._not_training():
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+            # Trainer calls this again for each of several data sets.
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self._not_training():
+            if not self.args.eval_capacities:
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             return self._evaluate_capacities(self.get_eval_dataloader(eval_dataset), ignore_keys, metric_key_prefix)
 
     def _evaluate_capacities(self, loader, ignore_keys, metric_key_prefix) -> dict[str, float]:
@@ -399,7 +400,7 @@ class MoNETrainer(Trainer):
             self._check_finite()
             logs |= self._statistics.read(self.accelerator)
             for number, router in enumerate(m for m in self.model.modules() if isinstance(m, Router)):
-                if router.router_type != "random":
+                if router.router_type != "random" and router.alpha.numel():  # ZeRO-3 keeps it elsewhere
                     alpha = router.alpha.detach()
                     logs[f"router_alpha_{number}"] = getattr(alpha, "full_tensor", lambda a=alpha: a)().item()
             logs["macs"] = self.state.total_flos / 2
@@ -440,12 +441,12 @@ class MoNETrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled == is_of_fsdp(resume_from_checkpoint):
+        if not crosses_fsdp(resume_from_checkpoint, self.is_fsdp_enabled):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_model(resume_from_checkpoint, self.model if model is None else model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled == is_of_fsdp(checkpoint):
+        if checkpoint is None or not crosses_fsdp(checkpoint, self.is_fsdp_enabled):
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(checkpoint, self.model, self.optimizer.optimizer)
         path = os.path.join(checkpoint, SCHEDULER_NAME)
