@@ -5,7 +5,8 @@
         python scripts/benchmark.py --models vit_base vit_small --batch_sizes 1 8 --capacities 0.3 0.4 1.0 \\
         --modes eager prepared compiled --output_dir outputs/benchmark
 
-prints a table and writes results.json and speed.png (in the manner of the paper's Fig. 6). Efficiency is the speed-up
+prints a table and writes results.json and speed.png (in the manner of the paper's Fig. 6), with --growth growth.json
+and growth.png. The modes onnx and onnx_int8 run in ONNX Runtime, the dense model, too. Efficiency is the speed-up
 divided by the reduction in multiply-accumulates. The two variables keep glibc from giving large tensors back to the
 system at every call, which would time page faults.
 """
@@ -17,15 +18,27 @@ from pathlib import Path
 import torch
 
 from mone import MoNEConfig, MoNEViViTConfig
-from mone.benchmark import BASELINES, MODES, environment, measure, routing_share
-from mone.visualization import plot_speed
+from mone.benchmark import BASELINES, MODES, environment, growth, measure, routing_share
+from mone.visualization import plot_growth, plot_speed
+
+
+def of_width(width: int) -> dict[str, int]:
+    """ViT's proportions."""
+    return {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
 
 
 MODELS = {
-    "vit_tiny": MoNEConfig(hidden_size=192, num_attention_heads=3, intermediate_size=768, num_labels=1000),
-    "vit_small": MoNEConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000),
+    "vit_tiny": MoNEConfig(**of_width(192), num_labels=1000),
+    "vit_small": MoNEConfig(**of_width(384), num_labels=1000),
     "vit_base": MoNEConfig(num_labels=1000),
     "vivit_base": MoNEViViTConfig(num_labels=174),
+}
+# Axis -> value, model, batch size. Of ViT-S, at 224 pixels and batch 1, where it is not the axis.
+GROWTH = {
+    "image size": [(size, MoNEConfig(**of_width(384), image_size=size), 1) for size in (224, 288, 336, 384, 448)],
+    "frames": [(frames, MoNEViViTConfig(**of_width(384), num_frames=frames), 1) for frames in (8, 16, 32, 64)],
+    "batch": [(batch, MoNEConfig(**of_width(384)), batch) for batch in (1, 2, 4, 8, 16)],
+    "width": [(width, MoNEConfig(**of_width(width)), 1) for width in (192, 384, 768, 1024)],
 }
 COLUMNS = (
     *("model", "mode", "capacity", "batch", "GMACs", "ms", "spread", "per second"),
@@ -40,6 +53,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[8], help="default: %(default)s")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager"], help="default: %(default)s")
     parser.add_argument("--baselines", nargs="+", choices=BASELINES, default=[], help="what else to time, for images")
+    parser.add_argument(
+        "--growth", action="store_true", help="instead of models and batch sizes: how the cost grows; in one mode"
+    )
     parser.add_argument("--train", action="store_true", help="time forward and backward")
     parser.add_argument("--image_size", type=int, help="in pixels; default: 224")
     parser.add_argument("--num_layers", type=int, help="fewer layers, for a quick look; default: the model's")
@@ -48,14 +64,23 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls of each variant; default: %(default)s")
     parser.add_argument("--onnx_dir", type=Path, help="keep ONNX files there, to use them again; default: do not")
-    parser.add_argument("--output_dir", type=Path, help="for results.json and speed.png; default: print only")
+    parser.add_argument("--output_dir", type=Path, help="for JSON and picture; default: print only")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
 
+    if args.growth and len(args.modes) > 1:
+        parser.error("--growth takes one of --modes")
+
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     print(" | ".join(COLUMNS))
+    if args.growth:
+        results = growth(GROWTH, args.capacities, mode=args.modes[0], rounds=args.rounds)
+        for row in results:
+            print(line_of({"name": f"{row['axis']} {row['value']}", **row}))
+        write(args.output_dir, "growth", facts, results, plot_growth)
+        return results
     results = []
     for name in args.models:
         config = MODELS[name]
@@ -82,11 +107,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 share = routing_share(config, args.capacities[0], batch_size, rounds=args.rounds)
                 print(f"    routing takes {share:.2%} of a forward at capacity {args.capacities[0]:g}", flush=True)
                 results.append({"name": name, "batch_size": batch_size, "routing_share": share})
-    if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "results.json").write_text(json.dumps({**facts, "rows": results}, indent=2) + "\n")
-        plot_speed([row for row in results if "model" in row], args.output_dir / "speed.png")
+    write(args.output_dir, "results", facts, results, plot_speed)
     return results
+
+
+def write(folder: Path | None, name: str, facts: dict, rows: list[dict], plot) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n")
+    plot([row for row in rows if "model" in row], folder / f"{'speed' if name == 'results' else name}.png")
 
 
 def line_of(row: dict) -> str:

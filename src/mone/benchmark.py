@@ -27,7 +27,7 @@ from .baselines import DenseModel, TokenMergingModel, merged_per_layer_for_macs
 from .capacity import relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .export import export_onnx, onnx_session, quantize_onnx, write_onnx
-from .flops import count_macs
+from .flops import attention_macs, count_macs
 from .modeling_mone import (
     MoNEForImageClassification,
     MoNELayer,
@@ -293,6 +293,32 @@ def _onnx_file(new: Callable, kind: type, config: MoNEConfig, capacity: float | 
     if not quantized.exists():
         quantize_onnx(path, quantized)
     return quantized
+
+
+def growth(
+    series: dict[str, Sequence[tuple[int, MoNEConfig, int]]],
+    capacities: Sequence[float],
+    *,
+    mode: str = "eager",
+    rounds: int = 10,
+) -> list[dict]:
+    """How the cost of a call grows along some axes, computed and timed (`mone.visualization.plot_growth`).
+
+    Args:
+        series: axis -> its points: value on the axis, model, images or clips of a call.
+        capacities, mode, rounds: as in [`measure`].
+
+    Returns:
+        Rows of [`measure`], with "axis", "value" and "attention_share", attention's part of the multiply-accumulates.
+    """
+    rows = []
+    for axis, points in series.items():
+        for value, config, batch_size in points:
+            measured = measure(config, capacities, batch_size, modes=(mode,), rounds=rounds)
+            for row in measured:
+                share = attention_macs(config) / 1e9 / row["gmacs"]
+                rows.append({"axis": axis, "value": value, "attention_share": share, **row})
+    return rows
 
 
 def routing_share(config: MoNEConfig, capacity: float, batch_size: int, *, rounds: int = 10) -> float:

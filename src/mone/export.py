@@ -25,26 +25,26 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_mone import MoNEViViTConfig, as_pair
+from . import modeling_mone, modeling_mone_vivit
+from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .modeling_mone import (
     ClassifierMixin,
+    EncoderOutput,
     MoNELayer,
     MoNEPreTrainedModel,
-    Slice,
     expert_order,
     expert_slices,
-    patch_grid,
-    pool,
-    token_counts,
+    nested_encoder,
 )
+from .nested_linear import Slice, is_untouched
 
 
 # The first one with attention as an operator.
 OPSET = 23
 
 
-class ExpertStreams(nn.Module):
-    """The classifier `model` at one capacity: `pixel_values` -> logits, or logits and routers' decisions.
+class ExportForm(nn.Module):
+    """The classifier `model` at one capacity, laid out for export: `pixel_values` -> named outputs.
 
     Args:
         model: with a classifier and learned routers, in eval mode.
@@ -68,56 +68,75 @@ class ExpertStreams(nn.Module):
             raise ValueError(f"router_type={config.router_type!r} {reason}: only 'learned' can be exported.")
         if model.training:
             raise ValueError("The model is in training mode: call model.eval() before exporting it.")
-        self.model = model
-        self.router_outputs = router_outputs
-        self.grid = patch_grid(config, as_pair(config.image_size))
-        self.counts = token_counts(config, capacity, self.grid[0] * self.grid[1])
+        for name, module in model.named_modules():
+            if name.endswith(("_proj", ".fc1", ".fc2")) and not is_untouched(module):
+                raise ValueError(f"{name} has hooks or an adapter: remove or merge these before exporting.")
+        config.resolve_capacity(capacity)
+        self.model, self.capacity, self.router_outputs = model, capacity, router_outputs
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        base, config = self.model.base_model, self.model.config
-        if isinstance(config, MoNEViViTConfig):
-            tokens = base.embeddings(pixel_values)  # (clips, T, N, D)
-            clips = (-1, tokens.shape[1])
-            hidden = base.spatial.add_positions(tokens.flatten(0, 1), self.grid)
-            hidden, decisions = self.encode(base.spatial.layers, base.spatial.routers, hidden, base.spatial.num_prefix)
-            decisions = [(logits.unflatten(0, clips), experts.unflatten(0, clips)) for logits, experts in decisions]
-            hidden = pool(config, base.spatial.layernorm(hidden)).unflatten(0, clips)
-            hidden = base.temporal.add_positions(hidden, base.temporal.grid)
-            hidden, _ = self.encode(base.temporal.layers, (), hidden, base.temporal.num_prefix)
-            hidden = base.temporal.layernorm(hidden)
-        else:
-            hidden = base.embeddings(pixel_values, self.grid)
-            hidden, decisions = self.encode(base.layers, base.routers, hidden, base.embeddings.num_prefix)
-            hidden = base.layernorm(hidden)
-        outputs = {"logits": self.model.classifier(pool(config, hidden))}
+        with _expert_streams():
+            result = self.model(
+                pixel_values, capacity=self.capacity, output_router_logits=self.router_outputs, return_dict=True
+            )
+        outputs = {"logits": result.logits}
         if self.router_outputs:
-            for number, (logits, experts) in enumerate(decisions):
-                outputs |= {f"router_logits_{number}": logits, f"expert_indices_{number}": experts}
+            for number, decision in enumerate(zip(result.router_logits, result.expert_indices, strict=True)):
+                outputs |= dict(zip(_router_names(number), decision, strict=True))
         return outputs
 
-    def encode(self, layers, routers, hidden, num_prefix):
-        """(B, sequence, D) -> the same after `layers`, sorted by the last router but for the prefix; decisions."""
-        config = self.model.config
-        routers = dict(zip(config.router_layers, routers, strict=True)) if len(routers) else {}
-        slices: tuple[Slice, ...] = ((0, hidden.shape[1], config.hidden_size),)
-        streams, gates, order, decisions = _split(hidden, slices), [None], None, []
-        for index, layer in enumerate(layers):
-            if index in routers:
-                hidden = _join(streams)
-                if order is not None:
-                    hidden = _take(hidden, order.argsort(dim=1))
-                routing = routers[index](hidden[:, num_prefix:], self.counts)
-                decisions.append((routing.logits, routing.experts))
-                slices = expert_slices(config, self.counts, num_prefix)
-                gate = F.pad(routing.gate, (0, 0, num_prefix, 0), value=1.0)
-                order = None
-                if len(slices) > 1:
-                    order = expert_order(routing.experts, num_prefix)
-                    hidden, gate = _take(hidden, order), _take(gate, order)
-                streams = _split(hidden, slices)
-                gates = [part.flatten(0, 1) for part in gate.split([stream.length for stream in streams], dim=1)]
-            streams = _layer(layer, streams, gates)
-        return _join(streams), decisions
+
+def _router_names(number: int) -> tuple[str, str]:
+    return f"router_logits_{number}", f"expert_indices_{number}"
+
+
+@contextmanager
+def _expert_streams() -> Iterator[None]:
+    """The models run `stream_encoder` in place of `nested_encoder`. It is all that differs in an exported model."""
+    modules = (modeling_mone, modeling_mone_vivit)
+    for module in modules:
+        module.nested_encoder = stream_encoder
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.nested_encoder = nested_encoder
+
+
+def stream_encoder(
+    config: MoNEConfig,
+    layers: nn.ModuleList,
+    routers: nn.ModuleList,
+    hidden_states: torch.Tensor,
+    num_prefix: int,
+    counts: tuple[int, ...] = (),
+    generator: None = None,
+    **kwargs,
+) -> EncoderOutput:
+    """What `nested_encoder` computes with learned routers, without dropout; nothing inside of layers is recorded."""
+    routers = dict(zip(config.router_layers, routers, strict=True)) if len(routers) else {}
+    slices: tuple[Slice, ...] = ((0, hidden_states.shape[1], config.hidden_size),)
+    streams, gates, order = _split(hidden_states, slices), [None], None
+    router_logits, expert_indices = [], []
+    for index, layer in enumerate(layers):
+        if index in routers:
+            hidden_states = _join(streams, order)
+            routing = routers[index](hidden_states[:, num_prefix:], counts)
+            router_logits.append(routing.logits)
+            expert_indices.append(routing.experts)
+            gate = F.pad(routing.gate, (0, 0, num_prefix, 0), value=1.0) if num_prefix else routing.gate
+            slices = expert_slices(config, counts, num_prefix)
+            order = expert_order(routing.experts, num_prefix) if len(slices) > 1 else None
+            streams = _split(_take(hidden_states, order), slices)
+            gates = _take(gate, order).split([stream.length for stream in streams], dim=1)
+            gates = [gate.flatten(0, 1) for gate in gates]
+        streams = _layer(layer, streams, gates)
+    return EncoderOutput(
+        last_hidden_state=_join(streams, order),
+        token_orders=(None,) * len(layers),
+        router_logits=tuple(router_logits),
+        expert_indices=tuple(expert_indices),
+    )
 
 
 class Stream(NamedTuple):
@@ -152,8 +171,10 @@ def _split(hidden: torch.Tensor, slices: tuple[Slice, ...]) -> list[Stream]:
     return streams
 
 
-def _join(streams: list[Stream]) -> torch.Tensor:
-    return _sequence([stream.whole() for stream in streams], streams)
+def _join(streams: list[Stream], order: torch.Tensor | None) -> torch.Tensor:
+    """Undo `_split` and `_take`."""
+    hidden = _sequence([stream.whole() for stream in streams], streams)
+    return _take(hidden, None if order is None else order.argsort(dim=1))
 
 
 def _sequence(rows: list[torch.Tensor], streams: list[Stream]) -> torch.Tensor:
@@ -162,8 +183,10 @@ def _sequence(rows: list[torch.Tensor], streams: list[Stream]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _take(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def _take(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """(B, N, F) -> (B, N, F): x[b, order[b, n]] at [b, n]."""
+    if order is None:
+        return x
     batch, length = x.shape[:2]
     rows = order + length * torch.arange(batch, device=x.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (-1, length))
@@ -225,7 +248,7 @@ def export_program(
         TypeError: a model without a classifier.
         ValueError: a capacity that is not allowed, a random or arg-max router, or a model in training mode.
     """
-    module = ExpertStreams(model, capacity, router_outputs).eval()
+    module = ExportForm(model, capacity, router_outputs).eval()
     with torch.no_grad():
         return torch.export.export(module, (_example(model),), dynamic_shapes=_DYNAMIC_BATCH)
 
@@ -259,7 +282,7 @@ def export_onnx(
     """
     config = model.config
     capacity = config.capacity if capacity is None else capacity
-    module = ExpertStreams(model, capacity, router_outputs).eval()
+    module = ExportForm(model, capacity, router_outputs).eval()
     if model.dtype != torch.float32:
         raise ValueError(f"A model in {model.dtype} cannot be exported to ONNX: call model.float() before.")
     metadata = {

@@ -56,6 +56,21 @@ def count_macs(
     return round(total) + config.pooled_size * config.num_labels
 
 
+def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None = None) -> int:
+    """Those of `count_macs` that are attention's, queries with keys and weights with values: the same at any capacity.
+
+    Args:
+        config, image_size: as in `count_macs`.
+    """
+    patch, image = as_pair(config.patch_size), as_pair(config.image_size if image_size is None else image_size)
+    prefix = config.num_prefix_tokens
+    sequences = config.num_hidden_layers * (prefix + (image[0] // patch[0]) * (image[1] // patch[1])) ** 2
+    if isinstance(config, MoNEViViTConfig):
+        time = config.num_frames // config.tubelet_size[0]
+        sequences = time * sequences + config.num_temporal_layers * (prefix + time) ** 2
+    return 2 * config.hidden_size * sequences
+
+
 def _layer_macs(config: MoNEConfig, sequence: int, full_width_tokens: float) -> float:
     """MACs of one layer: its projections for so many tokens at full width, attention over the whole sequence."""
     d = config.hidden_size

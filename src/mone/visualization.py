@@ -381,6 +381,54 @@ def plot_speed(rows: Sequence[dict], path: str | os.PathLike | None = None) -> "
     return _saved(figure, path)
 
 
+def plot_growth(rows: Sequence[dict], path: str | os.PathLike | None = None) -> "Figure":
+    """Cost of a call against image size, frames, batch and so on, and the part that no capacity reduces.
+
+    A column for each axis; from the top, multiply-accumulates and time of a call, in double logarithmic scales, and
+    the share of the multiply-accumulates that attention takes.
+
+    Args:
+        rows: as `mone.benchmark.growth` gives them.
+        path: also write the figure there, 150 dots per inch; the extension gives the format.
+
+    Raises:
+        ValueError: no rows.
+        ImportError: without matplotlib.
+    """
+    names = list(dict.fromkeys(row["axis"] for row in rows))
+    if not names:
+        raise ValueError("No measurement to plot: `rows` is empty.")
+    figure = _figure(2.7 * len(names), 6.4)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(3, len(names), squeeze=False, sharex="col", sharey="row")
+    for column, name in zip(axes.T, names, strict=True):
+        of_axis = [row for row in rows if row["axis"] == name]
+        for number, capacity in enumerate(dict.fromkeys(row["capacity"] for row in of_axis)):
+            # The dense model is timed in eager mode whatever the mode of the others, and also in some of these.
+            points = {row["value"]: row for row in of_axis if row["capacity"] == capacity}
+            style = {"color": "grey" if capacity is None else f"C{number - 1}", "marker": "o", "markersize": 4}
+            label = "dense" if capacity is None else _capacity_name(capacity)
+            values, points = list(points), list(points.values())
+            column[0].plot(values, [row["gmacs"] * row["batch_size"] for row in points], label=label, **style)
+            column[1].plot(values, [row["milliseconds"] for row in points], **style)
+            column[2].plot(values, [100 * row["attention_share"] for row in points], **style)
+        for ax in column:
+            ax.set_xscale("log")
+            ax.set_xticks(sorted({row["value"] for row in of_axis}))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.minorticks_off()
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+        for ax in column[:2]:
+            ax.set_yscale("log")
+        column[2].set_ylim(bottom=0)
+        column[2].set_xlabel(name)
+    for ax, label in zip(axes[:, 0], ("GMACs of a call", "Time of a call (ms)", "Attention (% of MACs)"), strict=True):
+        ax.set_ylabel(label)
+    axes[0, 0].legend(frameon=False, fontsize=FONT_SIZE)
+    return _saved(figure, path)
+
+
 # --- pieces of the above ---------------------------------------------------------------------------------------------
 
 
