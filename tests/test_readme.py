@@ -15,6 +15,7 @@ from mone.conversion import mone_from_vit, mone_vivit_from_mone
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import convert  # noqa: E402
 import demo  # noqa: E402
 import make_motion_clips  # noqa: E402
 import train_image_classification  # noqa: E402
@@ -68,7 +69,7 @@ def test_python_blocks(demo_folder, monkeypatch, capsys):
         # A line that ends without a name is an expression: run it, whatever it returns.
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["capacity_for_macs"]
-    for name in ("routed_tokens.png", "routed_video.png", "routed_video.mp4"):
+    for name in ("routed_tokens.png", "routed_video.png", "routed_video.mp4", "mone-0.4.onnx"):
         assert (demo_folder / "outputs" / name).exists(), name
 
 
@@ -80,8 +81,12 @@ def test_shell_blocks(demo_folder, monkeypatch, tmp_path):
         "scripts/train_image_classification.py": train_image_classification,
         "scripts/train_video_classification.py": train_video_classification,
     }
-    assert {path for path, *_ in commands} == {*trainings, "scripts/make_motion_clips.py"}
+    assert {path for path, *_ in commands} == {*trainings, "scripts/make_motion_clips.py", "scripts/convert.py"}
     for path, *arguments in commands:
+        if path == "scripts/convert.py":
+            convert.main(arguments)
+            assert (demo_folder / arguments[-1] / "model.safetensors").exists()
+            continue
         if path not in trainings:
             make_motion_clips.main([*arguments, *CLIPS])  # in the folder where the fixture made as many
             continue
