@@ -40,7 +40,9 @@ def data(tmp_path_factory):
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
     rows = {"image": images, "label": digits.target[:128].tolist()}
     Dataset.from_dict(rows, features=features).to_parquet(str(folder / "train.parquet"))
-    return ["--train_file", str(folder / "train.parquet"), "--cache_dir", str(folder / "cache")]
+    # Whole batches: accelerate fills up the last one of an epoch, so that all processes have as many examples.
+    options = ["--validation_split", "0", "--cache_dir", str(folder / "cache")]
+    return ["--train_file", str(folder / "train.parquet"), *options]
 
 
 def command(config: str | None, output: Path, *arguments: str) -> list[str]:
