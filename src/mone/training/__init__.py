@@ -3,7 +3,7 @@
 
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
-from .metrics import Accuracy, classification_metrics
+from .metrics import Accuracy, PrecisionAt1, calibration_error, classification_metrics
 from .schedules import PAPER_GRID, CapacitySchedule
 from .trainer import MoNETrainer
 
@@ -14,7 +14,9 @@ __all__ = [
     "CapacitySchedule",
     "MoNETrainer",
     "MoNETrainingArguments",
+    "PrecisionAt1",
     "Teacher",
+    "calibration_error",
     "classification_metrics",
     "distillation_loss",
 ]
