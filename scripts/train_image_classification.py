@@ -33,6 +33,7 @@ from mone.training.command_line import (
     parse_arguments,
     parse_overrides,
     prepare_splits,
+    report_input,
     start_classifier,
     train_and_evaluate,
 )
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv, ModelArguments, ImageArguments)
     model, processor, data_sets = load(model_args, data_args, training_args)
+    if data_args.measure_input:
+        return report_input(data_sets["train"], data_args, training_args)
     return train_and_evaluate(model, processor, data_sets, training_args, "image-classification")
 
 

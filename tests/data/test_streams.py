@@ -2,8 +2,10 @@
 """Parquet shards as streams, against the same files with random access."""
 
 import io
+import itertools
 import logging
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,12 @@ from mone.data.sources import count_rows, with_count
 
 
 SHARDS, ROWS = 4, 6
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    """`datasets` sleeps for seconds at the end of each pass, for threads that read on."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01)
 
 
 def png(number: int) -> bytes:
@@ -61,8 +69,10 @@ def test_evaluation_is_what_random_access_reads(shards, tmp_path):
     assert stream.features["label"] == whole.features["label"]
     assert count_rows(stream) == len(whole) == SHARDS * ROWS
     rows = LabelledExamples(whole, number_and_noise, train=False)
-    for a, b in zip(LabelledStream(stream, number_and_noise, train=False), rows, strict=True):
-        assert (a["pixel_values"][0], a["labels"]) == (b["pixel_values"][0], b["labels"])
+    for number, example in enumerate(LabelledStream(stream, number_and_noise, train=False)):
+        assert example["pixel_values"][0] == rows[number]["pixel_values"][0] == number
+        assert example["labels"] == rows[number]["labels"]
+    assert number == 23
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -103,7 +113,7 @@ def test_processes_share_an_epoch(shards, processes):
     parts = [stream_of(shards, process_index=i, num_processes=processes, batch_size=2) for i in range(processes)]
     seen = [numbers(part) for part in parts]
     assert [len(part) for part in seen] == [SHARDS * ROWS // processes] * processes
-    assert sorted(sum(seen, [])) == list(range(SHARDS * ROWS))
+    assert sorted(itertools.chain(*seen)) == list(range(SHARDS * ROWS))
 
 
 def test_a_short_share_begins_again(tmp_path):
@@ -127,7 +137,7 @@ def test_more_workers_than_files_take_row_groups_or_are_refused(shards, tmp_path
     assert splits["train"].num_shards == 1
     data = LabelledStream(splits["train"], number_and_noise, batch_size=6, num_workers=2)
     loader = torch.utils.data.DataLoader(data, 6, collate_fn=collate_examples, num_workers=2)
-    assert sorted(sum((batch["pixel_values"][:, 0].tolist() for batch in loader), [])) == list(range(24))
+    assert torch.cat([batch["pixel_values"][:, 0] for batch in loader]).sort().values.tolist() == list(range(24))
 
 
 def test_damaged_images_are_replaced_in_training_and_not_counted_in_evaluation(tmp_path, caplog):
@@ -188,7 +198,7 @@ def test_what_cannot_be_streamed(tmp_path, shards):
         load_image_datasets(train_file=str(tmp_path / "list.csv"), streaming=True)
     with pytest.raises(ValueError, match=r"classes \['c'\].*\['a', 'b'\]"):
         load_image_datasets(validation_file=str(shards), label_names=["a", "b"], streaming=True)
-    with pytest.raises(ValueError, match="length .*not known|number of examples .* not known"):
+    with pytest.raises(ValueError, match=r"number of examples .* not known"):
         count_rows(load_dataset("parquet", data_files=str(shards / "*.parquet"), split="train", streaming=True))
 
 
@@ -203,9 +213,6 @@ def test_the_input_pipeline_is_measured(shards, tmp_path, streaming):
     result = measure_input(data, **options, num_batches=5)
     assert result["examples"] == 10
     assert result["examples_per_second"] == 2 * result["examples_per_second_per_worker"] > 0
+    few = stream_of(shards, batch_size=12, num_workers=2) if streaming else data
     with pytest.raises(ValueError, match="no more than 2 batches of 12"):
-        measure_input(
-            LabelledExamples(split, number_and_noise) if not streaming else stream_of(shards, batch_size=12),
-            batch_size=12,
-            num_workers=2,
-        )
+        measure_input(few, batch_size=12, num_workers=2)

@@ -181,10 +181,10 @@ def _with_columns(
     for option, key in ((f"{name}_column", column), ("label_column", label_column)):
         if key not in split.features:
             raise ValueError(f"--{option}={key!r} is not among the columns {list(split.features)}: name one of them.")
-    split = split.select_columns([column, label_column])
+    # First, as every later step of a stream would decode by the type that the column has before.
+    split = split.cast_column(column, feature).select_columns([column, label_column])
     renames = {column: name, label_column: "label"}
-    split = split.rename_columns({old: new for old, new in renames.items() if old != new})
-    return split.cast_column(name, feature)
+    return split.rename_columns({old: new for old, new in renames.items() if old != new})
 
 
 def _default_label_column(columns: Iterable[str]) -> str:
@@ -207,7 +207,7 @@ def _with_class_labels(splits: dict[str, Dataset], label_names: list[str] | None
     """Labels as class numbers with names, the same in every split."""
     for name, split in splits.items():
         for row, label in enumerate(split["label"]):
-            if label is None or any(part is None or (isinstance(part, int) and part < 0) for part in _as_list(label)):
+            if not is_label(label):
                 raise ValueError(f"Row {row} of the {name} set has no label: {label!r}.")
         if class_label(split) is None:
             splits[name] = _renumber(split, _names(split["label"]))
@@ -265,13 +265,20 @@ def _labels_of(files: list[str], label_column: str | None) -> Iterable:
     for file in files:
         column = label_column or _default_label_column(pq.read_schema(file).names)
         for row, label in enumerate(pq.read_table(file, columns=[column])[column].to_pylist()):
-            if label is None or (isinstance(label, list) and None in label):
+            if not is_label(label):
                 raise ValueError(f"Row {row} of {file} has no label: {label!r}.")
             yield label
 
 
 def _names(labels: Iterable) -> list[str]:
     return sorted({str(part) for label in labels for part in _as_list(label)}, key=_numbers_first)
+
+
+def is_label(label) -> bool:
+    """Whether it is one, or a list of any number of them; -1 stands for a label that is kept back."""
+    return label is not None and all(
+        part is not None and not (isinstance(part, int) and part < 0) for part in _as_list(label)
+    )
 
 
 def _as_list(label) -> list:

@@ -18,7 +18,7 @@ from .examples import (
     target,
     transform_with_seed,
 )
-from .sources import count_rows
+from .sources import count_rows, is_label
 
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,8 @@ class LabelledStream(torch.utils.data.IterableDataset):
         return example if self.train else {**example, "labels": ignored_target(self.num_labels)}
 
     def _read(self, row: dict) -> dict:
+        if not is_label(row["label"]):
+            raise ValueError(f"label={row['label']!r} is none.")
         value = row[self._column]
         content = value["bytes"] if value["bytes"] is not None else value["path"].encode()
         seed = seed_of(self.seed, self._epoch.item(), zlib.crc32(content))

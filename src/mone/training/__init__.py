@@ -3,6 +3,7 @@
 
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
+from .evaluation import measure_accuracy
 from .metrics import Accuracy, PrecisionAt1, calibration_error, classification_metrics
 from .schedules import PAPER_GRID, CapacitySchedule
 from .trainer import MoNETrainer
@@ -19,4 +20,5 @@ __all__ = [
     "calibration_error",
     "classification_metrics",
     "distillation_loss",
+    "measure_accuracy",
 ]

@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, BaseVideoProcessor, HfArgumentParse
 from transformers.trainer_utils import set_seed
 
 from ..configuration_mone import MoNEConfig
-from ..data import LabelledExamples, LabelledStream, collate_examples
+from ..data import LabelledExamples, LabelledStream, collate_examples, measure_input
 from ..data.sources import Split, class_label, count_rows, is_multi_label, with_count
 from ..flops import count_macs
 from .arguments import MoNETrainingArguments
@@ -46,8 +46,8 @@ class ModelArguments:
     loss: str | None = field(
         default=None,
         metadata={
-            "help": "softmax: one class per example. sigmoid: a yes or no for each class, also where every example has "
-            "one (AugReg). Default: the checkpoint's, else sigmoid where examples have lists of labels.",
+            "help": "softmax: one class per example. sigmoid: a yes or no for each class, also where every example "
+            "has one (AugReg). Default: the checkpoint's, else sigmoid where examples have lists of labels.",
             "choices": ["softmax", "sigmoid"],
         },
     )
@@ -115,6 +115,14 @@ class DataArguments:
         metadata={
             "help": "RandAugment's strength on the published scale, 0 to 30; torchvision's strongest is 10, to which "
             "larger ones are cut."
+        },
+    )
+
+    measure_input: int = field(
+        default=0,
+        metadata={
+            "help": "Instead of training, time so many training batches of --per_device_train_batch_size as they are "
+            "read by --dataloader_num_workers."
         },
     )
 
@@ -287,6 +295,20 @@ def make_examples(
         )
         for name, split in splits.items()
     }
+
+
+def report_input(
+    examples: LabelledExamples | LabelledStream, data_args: DataArguments, args: MoNETrainingArguments
+) -> dict[str, float]:
+    """Time the input pipeline of a training, as `--measure_input` says, and print the result."""
+    result = measure_input(
+        examples,
+        batch_size=args.per_device_train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        num_batches=data_args.measure_input,
+    )
+    print(json.dumps(result, indent=2))
+    return result
 
 
 def train_and_evaluate(
