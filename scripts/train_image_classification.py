@@ -6,8 +6,12 @@
     image_size=32,patch_size=4" --capacity_schedule uniform --eval_capacities 0.2 0.4 1.0 \\
         --do_train --do_eval --output_dir outputs/cifar10
 
-The arguments may also stand in one JSON or YAML file. A run that was stopped goes on from its last checkpoint in
-`--output_dir` when it is started again.
+The arguments may also stand in a JSON or YAML file, such as those in scripts/recipes; options after it win over it:
+
+    python scripts/train_image_classification.py scripts/recipes/augreg_s16_imagenet1k.yaml \\
+        --train_file 'train-*.parquet' --validation_file 'validation-*.parquet'
+
+A run that was stopped goes on from its last checkpoint in `--output_dir` when it is started again.
 """
 
 import functools
@@ -18,16 +22,19 @@ from transformers import ViTImageProcessor
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.configuration_mone import as_pair
-from mone.conversion import check_source, load_image_model_and_processor
+from mone.conversion import check_source, load_image_model_and_processor, resize_and_crop
 from mone.data import load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
     DataArguments,
     ModelArguments,
     label_fields,
+    make_examples,
     parse_arguments,
     parse_overrides,
     prepare_splits,
+    report_input,
+    start_classifier,
     train_and_evaluate,
 )
 
@@ -42,15 +49,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as `argv` (default: the command line) says; the metrics of the run."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv, ModelArguments, ImageArguments)
-    model, processor, splits = load(model_args, data_args, training_args)
-    transforms = functools.partial(
-        make_image_transforms,
-        processor,
-        as_pair(model.config.image_size),
-        flip=data_args.flip,
-        min_crop=data_args.min_crop,
-    )
-    return train_and_evaluate(model, processor, splits, transforms, training_args, "image-classification")
+    model, processor, data_sets = load(model_args, data_args, training_args)
+    if data_args.measure_input:
+        return report_input(data_sets["train"], data_args, training_args)
+    return train_and_evaluate(model, processor, data_sets, training_args, "image-classification")
 
 
 def load(model_args: ModelArguments, data_args: ImageArguments, training_args: MoNETrainingArguments):
@@ -70,17 +72,30 @@ def load(model_args: ModelArguments, data_args: ImageArguments, training_args: M
         token=model_args.token,
         cache_dir=model_args.cache_dir,
     )
-    splits, labels = prepare_splits(splits, data_args, training_args), label_fields(splits)
+    splits = prepare_splits(splits, data_args, training_args)
+    fields = label_fields(splits, model_args.loss) | overrides
 
     if checkpoint is None:
-        config = MoNEConfig(**overrides, **labels)
-        height, width = as_pair(config.image_size)
+        model = MoNEForImageClassification(MoNEConfig(**fields))
+        start_classifier(model, model_args.head_bias)
+        height, width = as_pair(model.config.image_size)
         processor = ViTImageProcessor(size={"height": height, "width": width})
-        return MoNEForImageClassification(config), processor, splits
-
-    # Another number of classes than the checkpoint's gets a new classifier.
-    model, processor = load_image_model_and_processor(checkpoint, **model_args.hub, **labels, **overrides)
-    return model, processor, splits
+    else:
+        # Another number of classes than the checkpoint's gets a new classifier.
+        model, processor = load_image_model_and_processor(checkpoint, **model_args.hub, **fields)
+    size = as_pair(model.config.image_size)
+    if model_args.resize is not None:
+        resize_and_crop(processor, model_args.resize, size)
+    transforms = functools.partial(
+        make_image_transforms,
+        processor,
+        size,
+        flip=data_args.flip,
+        min_crop=data_args.min_crop,
+        randaugment_layers=data_args.randaugment_layers,
+        randaugment_magnitude=data_args.randaugment_magnitude,
+    )
+    return model, processor, make_examples(model, splits, transforms, data_args, training_args)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
 
 Videos come from folders (one per class), lists (Something-Something-v2, Kinetics-400, csv) or the Hub. The
 augmentations are ViViT's and their defaults are those for Kinetics-400; a file that cannot be decoded is skipped and
-counted. The arguments may also stand in one JSON or YAML file. A run that was stopped goes on from its last
-checkpoint in `--output_dir` when it is started again.
+counted. The arguments may also stand in a JSON or YAML file, such as those in scripts/recipes; options after it win
+over it. A run that was stopped goes on from its last checkpoint in `--output_dir` when it is started again.
 """
 
 import functools
@@ -32,9 +32,12 @@ from mone.training.command_line import (
     DataArguments,
     ModelArguments,
     label_fields,
+    make_examples,
     parse_arguments,
     parse_overrides,
     prepare_splits,
+    report_input,
+    start_classifier,
     train_and_evaluate,
 )
 
@@ -75,32 +78,22 @@ class VideoArguments(DataArguments):
         default=0.8, metadata={"help": "Probability to change a training clip's brightness, contrast and colour."}
     )
     grayscale: float = field(default=0.1, metadata={"help": "Probability to drop a training clip's colour."})
-    randaugment_layers: int = field(default=0, metadata={"help": "RandAugment's number of operations; 0 for none."})
-    randaugment_magnitude: int = field(default=20, metadata={"help": "RandAugment's strength, 0 to 30."})
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as `argv` (default: the command line) says; the metrics of the run."""
     argv = sys.argv[1:] if argv is None else argv
     model_args, data_args, training_args = parse_arguments(argv, VideoModelArguments, VideoArguments)
-    model, processor, splits = load(model_args, data_args, training_args)
-    transforms = functools.partial(
-        make_video_transforms,
-        processor,
-        num_clips=1 if processor.sampling == "uniform" else data_args.num_clips,
-        flip=data_args.flip,
-        scale_jitter=tuple(data_args.scale_jitter),
-        color_jitter=data_args.color_jitter,
-        grayscale=data_args.grayscale,
-        randaugment_layers=data_args.randaugment_layers,
-        randaugment_magnitude=data_args.randaugment_magnitude,
-    )
-    return train_and_evaluate(model, processor, splits, transforms, training_args, "video-classification")
+    model, processor, data_sets = load(model_args, data_args, training_args)
+    if data_args.measure_input:
+        return report_input(data_sets["train"], data_args, training_args)
+    return train_and_evaluate(model, processor, data_sets, training_args, "video-classification")
 
 
 def load(model_args: VideoModelArguments, data_args: VideoArguments, training_args: MoNETrainingArguments):
     """The model, its video processor and the data sets, with one set of labels."""
-    checkpoint, init_from = model_args.model_name_or_path, model_args.init_from
+    # An empty one takes back a recipe's.
+    checkpoint, init_from = model_args.model_name_or_path or None, model_args.init_from or None
     overrides = parse_overrides(model_args.config_overrides, MoNEViViTConfig)
     if checkpoint is not None and init_from is not None:
         raise ValueError("--model_name_or_path and --init_from exclude each other: give one of them.")
@@ -124,27 +117,45 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
         token=model_args.token,
         cache_dir=model_args.cache_dir,
     )
-    splits, labels = prepare_splits(splits, data_args, training_args), label_fields(splits)
+    splits = prepare_splits(splits, data_args, training_args)
+    fields = label_fields(splits, model_args.loss) | overrides
 
     if checkpoint:
         # Another number of classes than the checkpoint's gets a new classifier.
         model = MoNEViViTForVideoClassification.from_pretrained(
-            checkpoint, **model_args.hub, **labels, **overrides, ignore_mismatched_sizes=True
+            checkpoint, **model_args.hub, **fields, ignore_mismatched_sizes=True
         )
     elif init_from:
-        model = mone_vivit_from_mone(load_image_model(init_from, **model_args.hub), **overrides, **labels)
+        model = mone_vivit_from_mone(load_image_model(init_from, **model_args.hub), **fields)
     else:
-        model = MoNEViViTForVideoClassification(MoNEViViTConfig(**overrides, **labels))
+        model = MoNEViViTForVideoClassification(MoNEViViTConfig(**fields))
 
-    sampling = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
-    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if not checkpoint:
+        start_classifier(model, model_args.head_bias)
+    options = {
+        "sampling": data_args.sampling,
+        "frame_sampling_rate": data_args.frame_sampling_rate,
+        "size": None if model_args.resize is None else {"shortest_edge": model_args.resize},
+    }
+    options = {name: value for name, value in options.items() if value is not None}
     if checkpoint:
-        sampling["num_frames"] = model.config.num_frames
-        processor = AutoVideoProcessor.from_pretrained(checkpoint, **model_args.hub, **sampling)
+        options["num_frames"] = model.config.num_frames
+        processor = AutoVideoProcessor.from_pretrained(checkpoint, **model_args.hub, **options)
     else:
         image_processor = load_image_processor(init_from, **model_args.hub) if init_from else None
-        processor = make_video_processor(model.config, image_processor, **sampling)
-    return model, processor, splits
+        processor = make_video_processor(model.config, image_processor, **options)
+    transforms = functools.partial(
+        make_video_transforms,
+        processor,
+        num_clips=1 if processor.sampling == "uniform" else data_args.num_clips,
+        flip=data_args.flip,
+        scale_jitter=tuple(data_args.scale_jitter),
+        color_jitter=data_args.color_jitter,
+        grayscale=data_args.grayscale,
+        randaugment_layers=data_args.randaugment_layers,
+        randaugment_magnitude=data_args.randaugment_magnitude,
+    )
+    return model, processor, make_examples(model, splits, transforms, data_args, training_args)
 
 
 if __name__ == "__main__":

@@ -170,14 +170,15 @@ def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
     folder = Path(folder)
     config = AutoConfig.from_pretrained(folder)
     measured = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
-    prefix, suffix = "eval_capacity_", "_accuracy"
+    metric = "precision_at_1" if "eval_precision_at_1" in measured else "accuracy"  # with several labels per example
+    prefix, suffix = "eval_capacity_", f"_{metric}"
     accuracies = {
         float(key.removeprefix(prefix).removesuffix(suffix)): value
         for key, value in measured.items()
         if key.startswith(prefix) and key.endswith(suffix)
     }
-    if not accuracies and "eval_accuracy" in measured:
-        accuracies = {config.capacity: measured["eval_accuracy"]}
+    if not accuracies and f"eval_{metric}" in measured:
+        accuracies = {config.capacity: measured[f"eval_{metric}"]}
     if not accuracies:
         raise ValueError(f"{folder / 'eval_results.json'} holds no accuracy: {sorted(measured)}.")
     results = {

@@ -5,11 +5,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from torchvision.transforms import v2
 from transformers import ViTImageProcessor
 
-from mone.data import load_image_datasets, make_image_transforms
+from mone.conversion import resize_and_crop
+from mone.data import LabelledExamples, collate_examples, load_image_datasets, make_image_transforms
+from mone.data.augmentation import randaugment
 
 
 def picture(seed: int, size=(12, 10), mode="RGB") -> PILImage.Image:
@@ -173,3 +176,85 @@ def test_a_row_without_a_label(tmp_path, cache):
     file = write_parquet(tmp_path / "t.parquet", [0, None, 1], Value("int64"))
     with pytest.raises(ValueError, match="Row 1 of the train set has no label: None"):
         load_image_datasets(train_file=file, validation_split=0, cache_dir=cache)
+
+
+def test_several_files_patterns_and_folders(tmp_path, cache):
+    (tmp_path / "shards" / "deeper").mkdir(parents=True)
+    label = ClassLabel(names=["a", "b"])
+    for number, name in enumerate(["shards/train-0", "shards/train-1", "shards/deeper/train-2"]):
+        write_parquet(tmp_path / f"{name}.parquet", [number % 2] * (number + 1), label)
+    first, second = (str(tmp_path / "shards" / f"train-{number}.parquet") for number in (0, 1))
+    for files, count in (
+        ([first, second], 3),
+        (str(tmp_path / "shards" / "train-*.parquet"), 3),
+        (str(tmp_path / "shards"), 6),
+        ([first, str(tmp_path / "shards" / "deeper")], 4),
+    ):
+        splits = load_image_datasets(train_file=files, validation_split=0, cache_dir=cache)
+        assert len(splits["train"]) == count, files
+    with pytest.raises(FileNotFoundError, match=r"test-\*\.parquet does not exist"):
+        load_image_datasets(train_file=str(tmp_path / "test-*.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no parquet files"):
+        load_image_datasets(train_file=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([[0, 2], [], [1]], List(ClassLabel(names=["a", "b", "c"]))),
+        ([["a", "c"], [], ["b"]], List(Value("string"))),
+        ([[0, 2], [], [1]], List(Value("int64"))),
+    ],
+)
+def test_any_number_of_labels(tmp_path, cache, labels, feature):
+    file = write_parquet(tmp_path / "train.parquet", labels, feature, label_column="labels")
+    split = load_image_datasets(train_file=file, validation_split=0, cache_dir=cache)["train"]
+    assert list(split["label"]) == [[0, 2], [], [1]]
+    assert split.features["label"].feature.names == (
+        ["0", "1", "2"] if feature.feature == Value("int64") else list("abc")
+    )
+    data = LabelledExamples(split, lambda image: torch.zeros(1), num_labels=3)
+    batch = collate_examples([data[i] for i in range(3)])
+    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    broken = write_parquet(tmp_path / "broken.parquet", [[0], [1, None]], List(Value("int64")))
+    with pytest.raises(ValueError, match="Row 1 of the train set has no label"):
+        load_image_datasets(train_file=broken, validation_split=0, cache_dir=cache)
+
+
+def test_an_empty_class_folder_is_named(tmp_path, cache, caplog):
+    folder = write_folder(tmp_path / "train", ["cat", "dog"])
+    (tmp_path / "train" / "emu").mkdir()
+    splits = load_image_datasets(train_dir=folder, validation_split=0, cache_dir=cache)
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    assert "the folders emu are empty" in caplog.text
+
+
+def test_an_evaluation_resized_and_cropped_is_torchvisions():
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    resize_and_crop(processor, 48, (32, 32))
+    image = picture(0, size=(90, 60))
+    got = make_image_transforms(processor, (32, 32), train=False)(image)
+    pixels = v2.functional.pil_to_tensor(image)
+    expected = v2.functional.center_crop(v2.functional.resize(pixels, [48], antialias=True), [32, 32])
+    assert (got * 0.5 + 0.5 - expected / 255).abs().max() <= 1 / 255 + 1e-6
+    with pytest.raises(ValueError, match="resize=31 must be at least the image size 32"):
+        resize_and_crop(processor, 31, (32, 32))
+
+
+def test_randaugment_on_the_published_scale():
+    """At 10 torchvision's operations are at full strength; larger magnitudes stay there."""
+    (full,), (more,), (half,) = (randaugment(2, magnitude) for magnitude in (10, 15, 5))
+    scale = full._AUGMENTATION_SPACE["Rotate"][0]
+    for transform, degrees in ((full, 30), (more, 30), (half, 15)):
+        assert transform.num_ops == 2
+        assert scale(transform.num_magnitude_bins, 32, 32)[transform.magnitude] == degrees
+    assert randaugment(0, 5) == []
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    augment = make_image_transforms(processor, (8, 8), train=True, randaugment_layers=2, randaugment_magnitude=15)
+    assert augment(picture(0)).shape == (3, 8, 8)
+    for layers, magnitude in ((-1, 5), (2, 31), (2, -1)):
+        with pytest.raises(ValueError, match=f"randaugment_layers={layers} .*randaugment_magnitude={magnitude}"):
+            make_image_transforms(
+                processor, (8, 8), train=True, randaugment_layers=layers, randaugment_magnitude=magnitude
+            )

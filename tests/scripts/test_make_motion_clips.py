@@ -320,7 +320,11 @@ def test_an_interrupted_run_goes_on(tmp_path, folder, monkeypatch):
 def test_control_c_says_how_to_go_on(tmp_path, folder):
     command = [sys.executable, str(ROOT / "scripts/make_motion_clips.py"), *arguments(folder, tmp_path, clips=2000)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+
+    def listen():  # shells let what they run in the background ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen) as process:
         end = time.monotonic() + 60
         while not (tmp_path / "train/left/00000.mp4").exists() and time.monotonic() < end:
             time.sleep(0.05)

@@ -772,10 +772,13 @@ def test_mixup_is_the_same_after_resumption_and_under_accumulation(tmp_path):
     assert loss == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("config", [{"problem_type": "multi_label_classification"}, {"num_labels": 1}])
-def test_mixup_needs_one_label_out_of_several(tmp_path, config):
-    with pytest.raises(ValueError, match="mixup and label_smoothing_factor need single-label"):
-        make_trainer(tmp_path, model=tiny_model(**config), mixup=0.3)
+def test_mixup_needs_classes_and_smoothing_one_of_them(tmp_path):
+    with pytest.raises(ValueError, match="mixup needs classification of at least 2 classes"):
+        make_trainer(tmp_path, model=tiny_model(num_labels=1), mixup=0.3)
+    with pytest.raises(ValueError, match="label_smoothing_factor of one label per example"):
+        make_trainer(tmp_path, model=tiny_model(problem_type="multi_label_classification"), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="bce_sum needs problem_type='multi_label_classification', got None"):
+        make_trainer(tmp_path, bce_sum=True)
     with pytest.raises(ValueError, match=r"mixup=-1\.0"):
         make_trainer(tmp_path, mixup=-1.0)
 
@@ -818,3 +821,48 @@ def test_a_card_of_ones_own_is_kept_and_a_draft_renewed(tmp_path):
     card.write_text("# Mine")
     trainer.create_model_card(model_name="third")
     assert card.read_text() == "# Mine"
+
+
+def test_a_summed_sigmoid_loss_and_mixed_labels_are_exact_under_accumulation(tmp_path):
+    """One step of SGD on the mean over examples of the sum over classes, written out."""
+    labels = lambda i: [float(i % 2), 1.0, 0.0] if i != 4 else [0.0, 0.0, 0.0]  # noqa: E731
+    options = {"learning_rate": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1, "capacity": 0.4}
+    results = []
+    for batch_size, accumulation in ((7, 1), (2, 4)):
+        model = tiny_model(problem_type="multi_label_classification", initializer_range=0.2)
+        trainer = make_trainer(
+            tmp_path,
+            model=model,
+            train=rows(7, labels),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            bce_sum=True,
+            **options,
+        )
+        trainer.train()
+        results.append(model.state_dict())
+    expected = tiny_model(problem_type="multi_label_classification", initializer_range=0.2)
+    examples = rows(7, labels)
+    logits = expected(torch.stack([row["pixel_values"] for row in examples]), capacity=0.4).logits
+    targets = torch.tensor([row["labels"] for row in examples])
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+    loss.backward()
+    bias = expected.classifier.bias.detach() - expected.classifier.bias.grad
+    for result in results:
+        torch.testing.assert_close(result["classifier.bias"], bias, atol=1e-6, rtol=1e-5)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+    trainer = make_trainer(tmp_path, model=tiny_model(problem_type="multi_label_classification"), mixup=0.5)
+    pixel_values = targets.reshape(7, 3, 1, 1).expand(7, 3, 16, 16)
+    mixed = trainer._soften_labels(pixel_values, targets)
+    assert torch.equal(mixed["pixel_values"][:, :, 0, 0], mixed["labels"]), "in the same shares"
+    assert not torch.equal(mixed["labels"], targets)
+
+
+def test_the_total_batch_size_sets_the_accumulation(tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 8}
+    args = MoNETrainingArguments(**options, total_train_batch_size=32)
+    assert (args.gradient_accumulation_steps, args.train_batch_size) == (4, 8)
+    with pytest.raises(ValueError, match="total_train_batch_size=12 must be a multiple of 8"):
+        MoNETrainingArguments(**options, total_train_batch_size=12)

@@ -3,7 +3,7 @@
 
 from .channel_order import order_channels
 from .image import load_image_model, load_image_model_and_processor, mone_from_vit
-from .processors import fit_image_processor, load_image_processor, make_video_processor
+from .processors import fit_image_processor, load_image_processor, make_video_processor, resize_and_crop
 from .sources import check_source
 from .video import mone_vivit_from_mone
 
@@ -18,4 +18,5 @@ __all__ = [
     "mone_from_vit",
     "mone_vivit_from_mone",
     "order_channels",
+    "resize_and_crop",
 ]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, ViTImageProcessor
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..video_processing_mone import MoNEViViTVideoProcessor
@@ -76,6 +76,19 @@ def fit_image_processor(
     return processor
 
 
+def resize_and_crop(processor: BaseImageProcessor, shortest_edge: int, size: tuple[int, int]) -> None:
+    """Let a processor resize the shorter side of an image to `shortest_edge` and crop (height, width) at its centre.
+
+    Raises:
+        ValueError: the crop does not fit.
+    """
+    if shortest_edge < max(size):
+        raise ValueError(f"resize={shortest_edge} must be at least the image size {max(size)}.")
+    processor.do_resize = processor.do_center_crop = True
+    processor.size = SizeDict(shortest_edge=shortest_edge)
+    processor.crop_size = SizeDict(height=size[0], width=size[1])
+
+
 def make_video_processor(
     config: MoNEViViTConfig, image_processor: BaseImageProcessor | None = None, **options
 ) -> MoNEViViTVideoProcessor:
@@ -87,9 +100,9 @@ def make_video_processor(
     height, width = as_pair(config.image_size)
     if image_processor is not None:
         options = {"image_mean": image_processor.image_mean, "image_std": image_processor.image_std, **options}
-    return MoNEViViTVideoProcessor(
-        size={"shortest_edge": round(256 / 224 * max(height, width))},  # ViViT's
-        crop_size={"height": height, "width": width},
-        num_frames=config.num_frames,
-        **options,
-    )
+    defaults = {
+        "size": {"shortest_edge": round(256 / 224 * max(height, width))},  # ViViT's for Kinetics-400
+        "crop_size": {"height": height, "width": width},
+        "num_frames": config.num_frames,
+    }
+    return MoNEViViTVideoProcessor(**(defaults | options))

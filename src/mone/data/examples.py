@@ -19,8 +19,35 @@ MAX_UNREADABLE_IN_A_ROW = 16
 IGNORED = -100
 
 
+def target(label: int | list[int], num_labels: int | None) -> int | torch.Tensor:
+    """The target of a loss: a class number as it is, or, with `num_labels`, class numbers as 0 and 1 (num_labels,)."""
+    if num_labels is None:
+        return label
+    labels = torch.zeros(num_labels)
+    labels[label] = 1
+    return labels
+
+
+def ignored_target(num_labels: int | None) -> int | torch.Tensor:
+    """What stands for the target of an example that could not be read."""
+    return IGNORED if num_labels is None else torch.full((num_labels,), float(IGNORED))
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed for random transforms that depends on `parts` alone."""
+    return random.Random("-".join(map(str, parts))).getrandbits(63)
+
+
+def transform_with_seed(transforms: Callable, value, seed: int) -> torch.Tensor:
+    """Random transforms from a seed; the global generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator only: torch.manual_seed would also reset those of the accelerators.
+        torch.default_generator.manual_seed(seed)
+        return transforms(value)
+
+
 class LabelledExamples(torch.utils.data.Dataset):
-    """Rows of a split, transformed when they are read: {"pixel_values": tensor, "labels": int}.
+    """Rows of a split, transformed when they are read: {"pixel_values": tensor, "labels": int or (num_labels,)}.
 
     What a random transform draws depends on `seed`, the epoch and the row alone: not on the number of workers or
     ranks, and not on whether the run was stopped and resumed.
@@ -34,13 +61,24 @@ class LabelledExamples(torch.utils.data.Dataset):
         transforms: of one image or video (`make_image_transforms`, `make_video_transforms`).
         seed: of random transforms.
         train: whether it is for training.
+        num_labels: number of classes of a model that takes any number of labels for an example: labels are then
+            vectors of 0 and 1 (-100 where unreadable), as the multi-label loss takes them.
     """
 
-    def __init__(self, split: Dataset, transforms: Callable, seed: int = 0, *, train: bool = True):
+    def __init__(
+        self,
+        split: Dataset,
+        transforms: Callable,
+        seed: int = 0,
+        *,
+        train: bool = True,
+        num_labels: int | None = None,
+    ):
         self.split = split
         self.transforms = transforms
         self.seed = seed
         self.train = train
+        self.num_labels = num_labels
         (self._column,) = set(split.column_names) - {"label"}
         # In shared memory: persistent workers keep the data set that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -54,6 +92,10 @@ class LabelledExamples(torch.utils.data.Dataset):
     def unreadable(self) -> list[int]:
         """Rows that could not be read so far, by this process and its workers."""
         return self._unreadable.nonzero().flatten().tolist()
+
+    @property
+    def num_unreadable(self) -> int:
+        return len(self.unreadable)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -71,22 +113,22 @@ class LabelledExamples(torch.utils.data.Dataset):
                 self._unreadable[row] = True
             else:
                 if attempt and not self.train:
-                    example["labels"] = IGNORED
+                    example["labels"] = ignored_target(self.num_labels)
                 return example
 
     def _read(self, index: int) -> dict:
         row = self.split[index]
-        with torch.random.fork_rng(devices=[]):
-            # The CPU's generator only: torch.manual_seed would also reset those of the accelerators.
-            torch.default_generator.manual_seed(
-                random.Random(f"{self.seed}-{self._epoch.item()}-{index}").getrandbits(63)
-            )
-            return {"pixel_values": self.transforms(row[self._column]), "labels": row["label"]}
+        seed = seed_of(self.seed, self._epoch.item(), index)
+        return {
+            "pixel_values": transform_with_seed(self.transforms, row[self._column], seed),
+            "labels": target(row["label"], self.num_labels),
+        }
 
 
 def collate_examples(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Rows of `LabelledExamples` -> `pixel_values` (batch, ...) and `labels` (batch,)."""
+    """Rows of a data set -> `pixel_values` (batch, ...) and `labels` (batch,), or (batch, num_labels)."""
+    labels = [row["labels"] for row in rows]
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
+        "labels": torch.stack(labels) if isinstance(labels[0], torch.Tensor) else torch.tensor(labels),
     }

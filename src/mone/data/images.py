@@ -3,6 +3,7 @@
 
 import functools
 import glob
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from datasets import Dataset, DatasetDict, Image, load_dataset
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
+from .augmentation import randaugment
 from .sources import load_labelled_datasets, read_parquet
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_image_datasets(*, image_column: str | None = None, cache_dir: str | None = None, **source) -> DatasetDict:
@@ -24,7 +29,8 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
             `datasets.Image`) and a label column.
 
     Returns:
-        "train" and "validation" (those that exist), with the columns "image" and "label", a `ClassLabel`.
+        "train" and "validation" (those that exist), with the columns "image" and "label", a `ClassLabel` or a list of
+        them.
 
     Raises:
         ValueError, FileNotFoundError: as [`load_labelled_datasets`].
@@ -42,8 +48,12 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
 
 def _read_folder(path: str, cache_dir: str | None) -> Dataset:
     root = Path(path)
-    if not any(file.is_file() for file in root.glob("*/**/*")):
+    folders = {folder.name: any(file.is_file() for file in folder.rglob("*")) for folder in root.glob("*/")}
+    if not any(folders.values()):
         raise ValueError(f"{path} must be a folder that holds one folder of images per class.")
+    empty = sorted(name for name, has_files in folders.items() if not has_files)
+    if empty:
+        logger.warning("%s: the folders %s are empty, which makes no classes of them.", path, ", ".join(empty))
     # A folder with a single class keeps its labels, and its name is no pattern.
     files = f"{glob.escape(str(root))}/*/**"
     return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False, cache_dir=cache_dir)
@@ -56,6 +66,8 @@ def make_image_transforms(
     train: bool,
     flip: bool = True,
     min_crop: float = 0.08,
+    randaugment_layers: int = 0,
+    randaugment_magnitude: int = 10,
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
     """PIL image -> (C, height, width) float tensor.
 
@@ -66,13 +78,18 @@ def make_image_transforms(
         train: random resized crop and flip, the "inception crop" of AugReg.
         flip: mirror half of the training images.
         min_crop: least share of the image's area that a training crop keeps.
+        randaugment_layers, randaugment_magnitude: as in [`randaugment`]; no layers for none.
+
+    Raises:
+        ValueError: an option that is not allowed.
     """
+    augment = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
         return lambda image: image_processor(images=image, return_tensors="pt").pixel_values[0]
     steps = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=image_processor.resample, antialias=True)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps += [*augment, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     if image_processor.do_normalize:
         steps.append(v2.Normalize(mean=image_processor.image_mean, std=image_processor.image_std))
     return v2.Compose(steps)

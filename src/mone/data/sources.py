@@ -1,23 +1,27 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Labelled data sets from the Hub, from folders or from files: what images and videos have in common."""
 
+import dataclasses
 import glob
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, List, SplitDict, SplitInfo, load_dataset
 from datasets.features.features import FeatureType
 
 
 logger = logging.getLogger(__name__)
+
+Split = Dataset | IterableDataset
 
 
 def load_labelled_datasets(
     name: str,
     feature: FeatureType,
     read_folder: Callable[[str], Dataset],
-    read_file: Callable[[str], Dataset],
+    read_files: Callable[[list[str]], Dataset],
     *,
     column: str | None = None,
     label_column: str | None = None,
@@ -25,37 +29,43 @@ def load_labelled_datasets(
     dataset_config_name: str | None = None,
     train_dir: str | None = None,
     validation_dir: str | None = None,
-    train_file: str | None = None,
-    validation_file: str | None = None,
+    train_file: str | Sequence[str] | None = None,
+    validation_file: str | Sequence[str] | None = None,
     validation_split: float = 0.15,
     label_names: list[str] | None = None,
+    streaming: bool = False,
     seed: int = 42,
     token: str | None = None,
     cache_dir: str | None = None,
-) -> DatasetDict:
+) -> dict[str, Split]:
     """Load one source of labelled examples: a data set on the Hub, folders (one per class) or files.
 
     Args:
         name: what the column of examples is called in the result, "image" or "video".
         feature: its type in the result.
-        read_folder, read_file: path -> rows, for one of `train_dir`, `validation_dir`, `train_file`, ...
+        read_folder, read_files: path -> rows, for `train_dir` and `validation_dir`; paths -> rows, for the files.
         column, label_column: their names in the source; by default the only column of `feature`'s type, else `name`,
             and "label" or "labels".
         dataset_name, dataset_config_name: a data set on the Hub.
         train_dir, validation_dir: folders that hold one folder per class.
-        train_file, validation_file: files that list or hold the examples.
+        train_file, validation_file: files that list or hold the examples: paths, patterns (`"train-*.parquet"`), and
+            folders, of which all parquet files are taken.
         validation_split: share of the training examples to hold out where no validation set is given.
         label_names: the classes, in order, of a model that is only evaluated; by default those of the training set.
+        streaming: read parquet files or the Hub while training runs, without a copy of the data in the cache. There is
+            no random access then: nothing is held out, and shuffling is by file and in a buffer.
         seed: of the held-out split.
         token: of the Hub, for private data sets.
         cache_dir: of `datasets`.
 
     Returns:
-        "train" and "validation" (those that exist), with the columns `name` and "label", a `ClassLabel`.
+        "train" and "validation" (those that exist), with the columns `name` and "label", a `ClassLabel` or, where
+        examples have any number of labels, a list of `ClassLabel`. A stream's images are not decoded yet, and
+        [`count_rows`] tells its length.
 
     Raises:
-        ValueError: no source or several, a folder without examples, a missing column, a row without a label, or
-            classes that differ between the splits.
+        ValueError: no source or several, a folder without examples, a missing column, a row without a label (an empty
+            list of labels is allowed), classes that differ between the splits, or a source that cannot be streamed.
         FileNotFoundError: a folder or file that does not exist.
     """
     sources = {
@@ -67,86 +77,238 @@ def load_labelled_datasets(
     if len(given) != 1:
         raise ValueError(f"Exactly one source of data is needed out of {', '.join(sources)}; got {given or 'none'}.")
 
+    if streaming and (train_dir or validation_dir):
+        raise ValueError("--streaming is for --dataset_name and for parquet files, not for folders of single files.")
     if dataset_name:
-        splits = load_dataset(dataset_name, dataset_config_name, token=token, cache_dir=cache_dir)
+        splits = load_dataset(dataset_name, dataset_config_name, token=token, cache_dir=cache_dir, streaming=streaming)
         if "validation" not in splits and "test" in splits:
             splits["validation"] = splits["test"]
-    else:
-        paths = {"train": train_file or train_dir, "validation": validation_file or validation_dir}
-        paths = {split: path for split, path in paths.items() if path}
+    elif train_dir or validation_dir:
+        paths = {split: path for split, path in (("train", train_dir), ("validation", validation_dir)) if path}
         for path in paths.values():
             if not Path(path).exists():
                 raise FileNotFoundError(f"{path} does not exist.")
         # One by one: read together, folders would share the names of all their classes, and a class that only the
         # validation set has would go unnoticed.
-        read = read_folder if train_dir or validation_dir else read_file
-        splits = {split: read(path) for split, path in paths.items()}
+        splits = {split: read_folder(path) for split, path in paths.items()}
+    else:
+        paths = {"train": train_file, "validation": validation_file}
+        files = {split: find_files(path) for split, path in paths.items() if path}
+        read = _stream_parquet if streaming else read_files
+        splits = {split: read(paths) for split, paths in files.items()}
 
-    splits = DatasetDict(
-        {
-            split: _with_columns(splits[split], name, feature, column, label_column)
-            for split in ("train", "validation")
-            if split in splits
-        }
-    )
+    if streaming:  # images are decoded where one that cannot be is passed over
+        feature = dataclasses.replace(feature, decode=False)
+    splits = {
+        split: _with_columns(splits[split], name, feature, column, label_column)
+        for split in ("train", "validation")
+        if split in splits
+    }
+    if streaming:
+        return _with_class_labels_of_streams(splits, label_names, {} if dataset_name else files, label_column)
     if "train" in splits and "validation" not in splits and validation_split > 0:
         held_out = splits["train"].train_test_split(validation_split, seed=seed)
-        splits = DatasetDict({"train": held_out["train"], "validation": held_out["test"]})
+        splits = {"train": held_out["train"], "validation": held_out["test"]}
     return _with_class_labels(splits, label_names)
 
 
-def read_parquet(path: str, cache_dir: str | None) -> Dataset:
+def find_files(paths: str | Sequence[str]) -> list[str]:
+    """Files as named, those of a pattern, and the parquet files of a folder, in the order of their names.
+
+    Raises:
+        FileNotFoundError: a path that is none of these.
+    """
+    found = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        if Path(path).is_file():
+            files = [path]
+        elif Path(path).is_dir():
+            files = sorted(str(file) for file in Path(path).rglob("*.parquet"))
+            if not files:
+                raise FileNotFoundError(f"The folder {path} holds no parquet files.")
+        else:
+            files = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+            if not files:
+                raise FileNotFoundError(f"{path} does not exist.")
+        found += files
+    return found
+
+
+def read_parquet(files: list[str], cache_dir: str | None, **options) -> Dataset:
     # A file's name is no pattern.
-    return load_dataset("parquet", data_files=glob.escape(path), split="train", cache_dir=cache_dir)
+    escaped = [glob.escape(file) for file in files]
+    return load_dataset("parquet", data_files=escaped, split="train", cache_dir=cache_dir, **options)
+
+
+def _stream_parquet(files: list[str]) -> IterableDataset:
+    other = [file for file in files if not file.endswith(".parquet")]
+    if other:
+        raise ValueError(f"--streaming reads parquet files only, not {other[0]}.")
+    stream = read_parquet(files, None, streaming=True)
+    return with_count(stream, sum(pq.read_metadata(file).num_rows for file in files))
+
+
+def with_count(stream: IterableDataset, count: int) -> IterableDataset:
+    """The stream, of which [`count_rows`] knows the length."""
+    name = str(stream.split)
+    stream.info.splits = SplitDict({name: SplitInfo(name, num_examples=count)})
+    return stream
+
+
+def count_rows(split: Split) -> int:
+    """Number of rows, of a stream as its source tells it.
+
+    Raises:
+        ValueError: the source does not.
+    """
+    if isinstance(split, Dataset):
+        return len(split)
+    known = (split.info.splits or {}).get(str(split.split))
+    if known is None or not known.num_examples:
+        raise ValueError("The number of examples of this stream is not known: load it without --streaming.")
+    return known.num_examples
 
 
 def _with_columns(
-    split: Dataset, name: str, feature: FeatureType, column: str | None, label_column: str | None
-) -> Dataset:
+    split: Split, name: str, feature: FeatureType, column: str | None, label_column: str | None
+) -> Split:
     """Only `name` and "label", by those names."""
+    if split.features is None:
+        raise ValueError("The columns of this stream are not known: load it without --streaming.")
     found = [key for key, value in split.features.items() if isinstance(value, type(feature))]
     column = column or (found[0] if len(found) == 1 else name)
-    label_column = label_column or ("labels" if "labels" in split.features else "label")
+    label_column = label_column or _default_label_column(split.features)
     for option, key in ((f"{name}_column", column), ("label_column", label_column)):
         if key not in split.features:
             raise ValueError(f"--{option}={key!r} is not among the columns {list(split.features)}: name one of them.")
-    split = split.select_columns([column, label_column])
+    # First, as every later step of a stream would decode by the type that the column has before.
+    split = split.cast_column(column, feature).select_columns([column, label_column])
     renames = {column: name, label_column: "label"}
-    split = split.rename_columns({old: new for old, new in renames.items() if old != new})
-    return split.cast_column(name, feature)
+    return split.rename_columns({old: new for old, new in renames.items() if old != new})
 
 
-def _with_class_labels(splits: DatasetDict, label_names: list[str] | None) -> DatasetDict:
+def _default_label_column(columns: Iterable[str]) -> str:
+    return "labels" if "labels" in columns else "label"
+
+
+def class_label(split: Split) -> ClassLabel | None:
+    """The classes of the column "label", whose rows hold one of them, or a list; None where they have no names."""
+    feature = split.features["label"]
+    feature = feature.feature if isinstance(feature, List) else feature
+    return feature if isinstance(feature, ClassLabel) else None
+
+
+def is_multi_label(split: Split) -> bool:
+    """Whether a row of the column "label" is a list of classes."""
+    return isinstance(split.features["label"], List)
+
+
+def _with_class_labels(splits: dict[str, Dataset], label_names: list[str] | None) -> DatasetDict:
     """Labels as class numbers with names, the same in every split."""
     for name, split in splits.items():
         for row, label in enumerate(split["label"]):
-            if label is None or (isinstance(label, int) and label < 0):
+            if not is_label(label):
                 raise ValueError(f"Row {row} of the {name} set has no label: {label!r}.")
-        if not isinstance(split.features["label"], ClassLabel):
-            names = sorted({str(label) for label in split["label"]}, key=_numbers_first)
-            splits[name] = _renumber(split, names)
-    expected = label_names or next(iter(splits.values())).features["label"].names
+        if class_label(split) is None:
+            splits[name] = _renumber(split, _names(split["label"]))
+    expected = _expected_names({name: class_label(split).names for name, split in splits.items()}, label_names)
+    return DatasetDict(
+        {
+            name: split if class_label(split).names == expected else _renumber(split, expected)
+            for name, split in splits.items()
+        }
+    )
+
+
+def _with_class_labels_of_streams(
+    splits: dict[str, IterableDataset],
+    label_names: list[str] | None,
+    files: dict[str, list[str]],
+    label_column: str | None,
+) -> dict[str, IterableDataset]:
+    """As `_with_class_labels`; where the classes have no names, of files their labels alone are read to find them."""
+    names = {}
     for name, split in splits.items():
-        unknown = sorted(set(split.features["label"].names) - set(expected))
+        if class_label(split) is not None:
+            names[name] = class_label(split).names
+        elif name in files:
+            names[name] = _names(_labels_of(files[name], label_column))
+        else:
+            raise ValueError(
+                f"--streaming needs class names: the label column of the {name} set must be a ClassLabel or a list of "
+                f"ClassLabel, not {split.features['label']!r}. Load it without --streaming."
+            )
+    expected = _expected_names(names, label_names)
+    return {
+        name: split if class_label(split) and names[name] == expected else _renumber_stream(split, expected)
+        for name, split in splits.items()
+    }
+
+
+def _expected_names(names: dict[str, list[str]], label_names: list[str] | None) -> list[str]:
+    """The classes of all splits, in order."""
+    expected = label_names or next(iter(names.values()))
+    for name, found in names.items():
+        unknown = sorted(set(found) - set(expected))
         if unknown:
             raise ValueError(f"The {name} set has the classes {unknown}, which are not among {expected}.")
-        missing = sorted(set(expected) - set(split.features["label"].names))
+        missing = sorted(set(expected) - set(found))
         if missing:
             logger.warning(
                 "The %s set has no examples of %d of the %d classes: %s.",
                 *(name, len(missing), len(expected), ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")),
             )
-        if split.features["label"].names != expected:
-            splits[name] = _renumber(split, expected)
-    return splits
+    return expected
+
+
+def _labels_of(files: list[str], label_column: str | None) -> Iterable:
+    for file in files:
+        column = label_column or _default_label_column(pq.read_schema(file).names)
+        for row, label in enumerate(pq.read_table(file, columns=[column])[column].to_pylist()):
+            if not is_label(label):
+                raise ValueError(f"Row {row} of {file} has no label: {label!r}.")
+            yield label
+
+
+def _names(labels: Iterable) -> list[str]:
+    return sorted({str(part) for label in labels for part in _as_list(label)}, key=_numbers_first)
+
+
+def is_label(label) -> bool:
+    """Whether it is one, or a list of any number of them; -1 stands for a label that is kept back."""
+    return label is not None and all(
+        part is not None and not (isinstance(part, int) and part < 0) for part in _as_list(label)
+    )
+
+
+def _as_list(label) -> list:
+    return label if isinstance(label, list) else [label]
+
+
+def _renumbering(split: Split, names: list[str]) -> tuple[Callable, FeatureType]:
+    """What turns a label of the split into one, or a list, of `names`, and the feature of the result."""
+    old, new = class_label(split), ClassLabel(names=names)
+    text = str if old is None else old.int2str
+
+    def number(label):
+        numbers = [new.str2int(text(part)) for part in _as_list(label)]
+        return numbers if isinstance(label, list) else numbers[0]
+
+    return number, List(new) if is_multi_label(split) else new
 
 
 def _renumber(split: Dataset, names: list[str]) -> Dataset:
     """`split` with its labels as numbers of `names`."""
-    old, new = split.features["label"], ClassLabel(names=names)
-    text = old.int2str if isinstance(old, ClassLabel) else str
-    labels = [new.str2int(text(label)) for label in split["label"]]
-    return split.remove_columns("label").add_column("label", labels, feature=new)
+    number, feature = _renumbering(split, names)
+    labels = [number(label) for label in split["label"]]
+    return split.remove_columns("label").add_column("label", labels, feature=feature)
+
+
+def _renumber_stream(split: IterableDataset, names: list[str]) -> IterableDataset:
+    number, feature = _renumbering(split, names)
+    features = split.features.copy()
+    features["label"] = feature
+    return split.map(lambda label: {"label": number(label)}, input_columns="label", features=features)
 
 
 def _numbers_first(label: str) -> tuple:

@@ -15,6 +15,7 @@ from transformers.image_utils import SizeDict
 
 from ..video_decoding import VideoReader, dense_indices, uniform_indices
 from ..video_processing_mone import MoNEViViTVideoProcessor
+from .augmentation import randaugment
 from .sources import load_labelled_datasets, read_parquet
 from .video_lists import read_video_list
 
@@ -39,7 +40,7 @@ def load_video_datasets(
 
     Returns:
         "train" and "validation" (those that exist), with the columns "video" (`{"path", "bytes"}`) and "label", a
-        `ClassLabel`.
+        `ClassLabel` or a list of them.
 
     Raises:
         ValueError, FileNotFoundError: as [`load_labelled_datasets`]; a list that cannot be understood, or none of
@@ -49,7 +50,7 @@ def load_video_datasets(
         "video",
         Video(decode=False),
         _read_folder,
-        functools.partial(_read_file, video_dir=video_dir, cache_dir=cache_dir),
+        functools.partial(_read_files, video_dir=video_dir, cache_dir=cache_dir),
         column=video_column,
         cache_dir=cache_dir,
         **source,
@@ -67,9 +68,14 @@ def _read_folder(path: str) -> Dataset:
     return _dataset([(str(file), file.relative_to(root).parts[0]) for file in files])
 
 
-def _read_file(path: str, video_dir: str | None, cache_dir: str | None) -> Dataset:
-    if path.endswith(".parquet"):
-        return read_parquet(path, cache_dir)
+def _read_files(paths: list[str], video_dir: str | None, cache_dir: str | None) -> Dataset:
+    if all(path.endswith(".parquet") for path in paths):
+        return read_parquet(paths, cache_dir)
+    return _dataset([row for path in paths for row in _read_list(path, video_dir)])
+
+
+def _read_list(path: str, video_dir: str | None) -> list[tuple[str, str]]:
+    """(file, label) of the videos that a list names and that exist."""
     root = Path(video_dir or Path(path).parent)
     if not root.is_dir():
         raise FileNotFoundError(f"--video_dir={str(root)!r} is no folder.")
@@ -102,7 +108,7 @@ def _read_file(path: str, video_dir: str | None, cache_dir: str | None) -> Datas
             "%d of the %d videos that %s lists are not in %s and are left out; for example %s.",
             *(len(missing), len(missing) + len(rows), path, root, missing[0]),
         )
-    return _dataset(rows)
+    return rows
 
 
 def _dataset(rows: list[tuple[str, str]]) -> Dataset:
@@ -120,7 +126,7 @@ def make_video_transforms(
     color_jitter: float = 0.0,
     grayscale: float = 0.0,
     randaugment_layers: int = 0,
-    randaugment_magnitude: int = 20,
+    randaugment_magnitude: int = 10,
 ) -> Callable[[dict], torch.Tensor]:
     """Row of a `Video` column -> (F, C, height, width) float tensor; in evaluation, with the clips axis before.
 
@@ -135,8 +141,7 @@ def make_video_transforms(
         scale_jitter: smallest and largest factor of the size to which training frames are resized before the crop.
         color_jitter: probability to change brightness, contrast, saturation and hue.
         grayscale: probability to drop the colour.
-        randaugment_layers, randaugment_magnitude: RandAugment's number of operations, 0 for none, and strength in
-            [0, 30].
+        randaugment_layers, randaugment_magnitude: as in [`randaugment`]; no layers for none.
 
     Raises:
         ValueError: an option that is not allowed.
@@ -147,11 +152,7 @@ def make_video_transforms(
     for name, value in (("color_jitter", color_jitter), ("grayscale", grayscale)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} must be a probability in [0, 1].")
-    if randaugment_layers < 0 or not 0 <= randaugment_magnitude <= 30:
-        raise ValueError(
-            f"randaugment_layers={randaugment_layers} must be at least 0 and "
-            f"randaugment_magnitude={randaugment_magnitude} in [0, 30]."
-        )
+    distort = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
         options = {"num_clips": num_clips, "return_tensors": "pt"}
         return lambda video: video_processor([_source(video)], **options).pixel_values[0]
@@ -161,8 +162,7 @@ def make_video_transforms(
         steps.append(v2.RandomApply([v2.ColorJitter(32 / 255, 0.4, 0.4, 0.2)], color_jitter))
     if grayscale:
         steps.append(v2.RandomGrayscale(grayscale))
-    if randaugment_layers:
-        steps.append(v2.RandAugment(randaugment_layers, randaugment_magnitude))
+    steps += distort
     augment = v2.Compose(steps) if steps else v2.Identity()
 
     def read_clip(video: dict) -> torch.Tensor:

@@ -3,7 +3,8 @@
 
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
-from .metrics import Accuracy, classification_metrics
+from .evaluation import measure_accuracy
+from .metrics import Accuracy, PrecisionAt1, calibration_error, classification_metrics
 from .schedules import PAPER_GRID, CapacitySchedule
 from .trainer import MoNETrainer
 
@@ -14,7 +15,10 @@ __all__ = [
     "CapacitySchedule",
     "MoNETrainer",
     "MoNETrainingArguments",
+    "PrecisionAt1",
     "Teacher",
+    "calibration_error",
     "classification_metrics",
     "distillation_loss",
+    "measure_accuracy",
 ]

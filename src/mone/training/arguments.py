@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """TrainingArguments, and what MoNE adds to them."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -85,7 +86,21 @@ class MoNETrainingArguments(TrainingArguments):
         default=0.0,
         metadata={
             "help": "Parameter alpha of the Beta distribution by which two training examples and their labels are "
-            "mixed; 0 for none. For one label per example."
+            "mixed; 0 for none."
+        },
+    )
+    bce_sum: bool = field(
+        default=False,
+        metadata={
+            "help": "Sum the sigmoid loss over the classes instead of averaging it, as AugReg does. It matters for "
+            "--max_grad_norm and --adam_epsilon."
+        },
+    )
+    total_train_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Examples of one optimiser step over all devices: sets --gradient_accumulation_steps by "
+            "--per_device_train_batch_size and the number of processes."
         },
     )
 
@@ -95,13 +110,6 @@ class MoNETrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        # A YAML file gives a lone capacity as a number, and 1e-3 as text.
-        for name in ("eval_capacities", "capacity_grid", "capacity_range"):
-            if isinstance(getattr(self, name), (int, float)):
-                setattr(self, name, [getattr(self, name)])
-        for name in ("learning_rate", "router_learning_rate"):
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, float(getattr(self, name)))
         if self.capacity_schedule not in CAPACITY_SCHEDULES:
             raise ValueError(f"capacity_schedule={self.capacity_schedule!r} must be one of {CAPACITY_SCHEDULES}.")
         if not self.mixup >= 0:
@@ -117,6 +125,15 @@ class MoNETrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1].")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature={self.distillation_temperature} must be above 0.")
+        if self.total_train_batch_size is not None:
+            # By the variable that all launchers set: DeepSpeed wants the number before the processes are known.
+            at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+            if self.total_train_batch_size < 1 or self.total_train_batch_size % at_once:
+                raise ValueError(
+                    f"total_train_batch_size={self.total_train_batch_size} must be a multiple of {at_once}: "
+                    f"per_device_train_batch_size={self.per_device_train_batch_size} times the number of processes."
+                )
+            self.gradient_accumulation_steps = self.total_train_batch_size // at_once
         if self.ddp_find_unused_parameters is None:
             # Every parameter has a part in every loss, at every capacity: there is nothing to search for.
             self.ddp_find_unused_parameters = False

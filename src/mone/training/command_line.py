@@ -2,19 +2,24 @@
 """What the training scripts share: arguments, data sets cut to size, and the run itself."""
 
 import ast
+import dataclasses
 import difflib
+import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 import transformers
-from datasets import DatasetDict
+import yaml
 from transformers import BaseImageProcessor, BaseVideoProcessor, HfArgumentParser, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from ..configuration_mone import MoNEConfig
-from ..data import LabelledExamples, collate_examples
+from ..data import LabelledExamples, LabelledStream, collate_examples, measure_input
+from ..data.sources import Split, class_label, count_rows, is_multi_label, with_count
 from ..flops import count_macs
 from .arguments import MoNETrainingArguments
 from .metrics import classification_metrics
@@ -38,6 +43,29 @@ class ModelArguments:
             "hidden_size=64,num_hidden_layers=2,router_layers=(0,1),..."
         },
     )
+    loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "softmax: one class per example. sigmoid: a yes or no for each class, also where every example "
+            "has one (AugReg). Default: the checkpoint's, else sigmoid where examples have lists of labels.",
+            "choices": ["softmax", "sigmoid"],
+        },
+    )
+    head_bias: float | None = field(
+        default=None,
+        metadata={
+            "help": "Start a new model's classifier with zero weights and this bias, such as -log(classes) for the "
+            "sigmoid loss. Default: random weights."
+        },
+    )
+    resize: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shorter side in pixels to which images of an evaluation, and all videos, are resized before a "
+            "crop of the model's image size. Default: the checkpoint's; of a new model, images are resized as a whole "
+            "and videos to 256/224 of the image size."
+        },
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and data sets are cached."})
@@ -54,38 +82,107 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of examples per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    train_file: str | None = field(
-        default=None, metadata={"help": "Parquet file with examples and labels; for videos also a list of files."}
+    train_file: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Parquet files with examples and labels, patterns such as 'train-*.parquet', or folders of such "
+            "files; for videos also lists of files."
+        },
     )
-    validation_file: str | None = field(default=None, metadata={"help": "The same for validation."})
+    validation_file: list[str] = field(default_factory=list, metadata={"help": "The same for validation."})
     validation_split: float = field(
         default=0.15, metadata={"help": "Share of the training examples held out where no validation set is given."}
     )
     label_column: str | None = field(default=None, metadata={"help": "Default: label or labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples only."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read parquet files or the Hub while the run goes on, without a copy in the cache. Shuffling is "
+            "by file and in a buffer."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Examples that a worker shuffles in memory with --streaming."}
+    )
     flip: bool = field(default=True, metadata={"help": "Mirror half of the training examples."})
+    randaugment_layers: int = field(
+        default=0, metadata={"help": "RandAugment's number of operations on a training example; 0 for none."}
+    )
+    randaugment_magnitude: int = field(
+        default=10,
+        metadata={
+            "help": "RandAugment's strength on the published scale, 0 to 30; torchvision's strongest is 10, to which "
+            "larger ones are cut."
+        },
+    )
+
+    measure_input: int = field(
+        default=0,
+        metadata={
+            "help": "Instead of training, time so many training batches of --per_device_train_batch_size as they are "
+            "read by --dataloader_num_workers."
+        },
+    )
 
     def source(self) -> dict:
         """Arguments of `load_labelled_datasets`: where the examples are."""
-        others = ("max_train_samples", "max_eval_samples", "flip")
-        names = [name for name in DataArguments.__dataclass_fields__ if name not in others]
+        names = (
+            *("dataset_name", "dataset_config_name", "train_dir", "validation_dir", "train_file", "validation_file"),
+            *("validation_split", "label_column", "streaming"),
+        )
         return {name: getattr(self, name) for name in names}
 
 
 def parse_arguments(argv: list[str], *classes: type) -> tuple:
-    """Instances of the dataclasses, from options or from one JSON or YAML file; logging and seeds are set."""
-    parser = HfArgumentParser((*classes, MoNETrainingArguments))
-    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        read = parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file
-        parsed = read(argv[0])
-    else:
-        parsed = parser.parse_args_into_dataclasses(argv)
+    """Instances of the dataclasses, from options, or from a JSON or YAML file and options; logging and seeds are set.
+
+    The file comes first. Options win over it, except that `--config_overrides` adds to the file's, field by field.
+
+    Raises:
+        ValueError: an unknown option, with the one that may have been meant.
+    """
+    parser = HfArgumentParser((*classes, MoNETrainingArguments), allow_abbrev=False)
+    of_file = None
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        settings = _read_settings(argv[0], {f.name for c in parser.dataclass_types for f in dataclasses.fields(c)})
+        of_file = settings.pop("config_overrides", None)
+        argv = [*_as_options(settings), *argv[1:]]
+    parsed = parser.parse_args_into_dataclasses(argv)
+    if of_file:
+        (target,) = (arguments for arguments in parsed if hasattr(arguments, "config_overrides"))
+        target.config_overrides = f"{of_file},{target.config_overrides or ''}"
     training_args = parsed[-1]
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
     return parsed
+
+
+def _read_settings(path: str, known: Iterable[str]) -> dict:
+    """The options of a JSON or YAML file."""
+    text = Path(path).read_text(encoding="utf-8")
+    settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold options, `name: value`.")
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{path}: {name!r} is no option.{hint}")
+    return settings
+
+
+def _as_options(settings: dict) -> list[str]:
+    """As they would be typed, so that a file's values are read and checked as those of the command line."""
+    options = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            options += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return options
 
 
 def parse_overrides(text: str | None, config_class: type[MoNEConfig] = MoNEConfig) -> dict:
@@ -113,8 +210,10 @@ def parse_overrides(text: str | None, config_class: type[MoNEConfig] = MoNEConfi
     return fields
 
 
-def prepare_splits(splits: DatasetDict, data_args: DataArguments, training_args: MoNETrainingArguments) -> DatasetDict:
-    """Check that what the run needs is there, and cut it to the numbers asked for.
+def prepare_splits(
+    splits: dict[str, Split], data_args: DataArguments, training_args: MoNETrainingArguments
+) -> dict[str, Split]:
+    """Check that what the run needs is there, and cut it to the numbers asked for; of a stream, its first rows.
 
     Raises:
         ValueError: names the missing split.
@@ -123,27 +222,99 @@ def prepare_splits(splits: DatasetDict, data_args: DataArguments, training_args:
         if needed and name not in splits:
             raise ValueError(f"No {name} set is given, but --do_{'train' if name == 'train' else 'eval'} needs one.")
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
-    return DatasetDict(
-        {
-            name: split
-            if limits[name] is None
-            else split.shuffle(seed=training_args.seed).select(range(min(limits[name], len(split))))
-            for name, split in splits.items()
+    return {
+        name: split if limits[name] is None else _first_rows(split, limits[name], data_args, training_args)
+        for name, split in splits.items()
+    }
+
+
+def _first_rows(split: Split, limit: int, data_args: DataArguments, training_args: MoNETrainingArguments) -> Split:
+    if data_args.streaming:
+        return with_count(split.take(limit), min(limit, count_rows(split)))
+    return split.shuffle(seed=training_args.seed).select(range(min(limit, len(split))))
+
+
+def label_fields(splits: dict[str, Split], loss: str | None = None) -> dict[str, dict | str]:
+    """Config fields that name the classes, and the loss where it is known.
+
+    Args:
+        loss: "softmax", "sigmoid" or None, as `--loss`.
+
+    Raises:
+        ValueError: the softmax loss for examples with lists of labels.
+    """
+    names = class_label(next(iter(splits.values()))).names
+    fields = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    several = any(is_multi_label(split) for split in splits.values())
+    if several and loss == "softmax":
+        raise ValueError("--loss softmax is for one label per example; these have lists of labels: --loss sigmoid.")
+    if several or loss == "sigmoid":
+        fields["problem_type"] = "multi_label_classification"
+    elif loss == "softmax":
+        fields["problem_type"] = "single_label_classification"
+    return fields
+
+
+def start_classifier(model: PreTrainedModel, bias: float | None) -> None:
+    """Zero weights and this bias for a new model's classifier; None leaves it as it is."""
+    if bias is not None:
+        with torch.no_grad():
+            model.classifier.weight.zero_()
+            model.classifier.bias.fill_(bias)
+
+
+def make_examples(
+    model: PreTrainedModel,
+    splits: dict[str, Split],
+    make_transforms: Callable[..., Callable],
+    data_args: DataArguments,
+    args: MoNETrainingArguments,
+) -> dict[str, LabelledExamples | LabelledStream]:
+    """The data sets of "train" and "validation", those that `splits` holds, with the targets of the model's loss.
+
+    Args:
+        make_transforms: `train=True` or `False` -> the transforms of a `LabelledExamples`.
+    """
+    config, streamed = model.config, {}
+    if data_args.streaming:
+        streamed = {
+            "batch_size": args.per_device_train_batch_size,
+            "num_workers": args.dataloader_num_workers,
+            "buffer_size": data_args.shuffle_buffer_size,
+            "process_index": args.process_index,
+            "num_processes": args.world_size,
         }
+    return {
+        name: (LabelledStream if data_args.streaming else LabelledExamples)(
+            split,
+            make_transforms(train=name == "train"),
+            args.seed,
+            train=name == "train",
+            num_labels=config.num_labels if config.problem_type == "multi_label_classification" else None,
+            **streamed,
+        )
+        for name, split in splits.items()
+    }
+
+
+def report_input(
+    examples: LabelledExamples | LabelledStream, data_args: DataArguments, args: MoNETrainingArguments
+) -> dict[str, float]:
+    """Time the input pipeline of a training, as `--measure_input` says, and print the result."""
+    result = measure_input(
+        examples,
+        batch_size=args.per_device_train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        num_batches=data_args.measure_input,
     )
-
-
-def label_fields(splits: DatasetDict) -> dict[str, dict]:
-    """Config fields that name the classes."""
-    names = next(iter(splits.values())).features["label"].names
-    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    print(json.dumps(result, indent=2))
+    return result
 
 
 def train_and_evaluate(
     model: PreTrainedModel,
     processor: BaseImageProcessor | BaseVideoProcessor,
-    splits: DatasetDict,
-    make_transforms: Callable[..., Callable],
+    data_sets: dict[str, LabelledExamples | LabelledStream],
     args: MoNETrainingArguments,
     task: str,
 ) -> dict[str, float]:
@@ -151,17 +322,12 @@ def train_and_evaluate(
 
     Args:
         model, processor: what to train and to save.
-        splits: "train" and "validation", those needed.
-        make_transforms: `train=True` or `False` -> the transforms of a `LabelledExamples`.
+        data_sets: "train" and "validation", those needed, of [`make_examples`].
         task: of the Hub, "image-classification" or "video-classification".
 
     Returns:
         All metrics; they are also saved in the output folder.
     """
-    data_sets = {
-        name: LabelledExamples(split, make_transforms(train=name == "train"), args.seed, train=name == "train")
-        for name, split in splits.items()
-    }
     trainer = MoNETrainer(
         model=model,
         args=args,
@@ -177,13 +343,10 @@ def train_and_evaluate(
         if checkpoint is not None:
             logger.info("Going on from the checkpoint %s.", checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        unreadable = data_sets["train"].unreadable
+        unreadable = data_sets["train"].num_unreadable
         if unreadable:
-            result.metrics["train_unreadable"] = len(unreadable)
-            logger.warning(
-                "%d of %d training examples could not be read and were replaced by others: rows %s.",
-                *(len(unreadable), len(data_sets["train"]), ", ".join(map(str, unreadable[:20]))),
-            )
+            result.metrics["train_unreadable"] = unreadable
+            logger.warning("%d training examples could not be read and were replaced by others.", unreadable)
         trainer.save_model()
         trainer.save_state()
         if trainer.state.global_step > trainer._initial_global_step:  # one that had finished before keeps its numbers

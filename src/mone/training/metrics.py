@@ -5,6 +5,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch import nn
 from transformers import EvalPrediction
 
 from ..data import IGNORED
@@ -27,23 +28,81 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and mean cross-entropy of single-label classification, for Trainer's `compute_metrics`.
+class PrecisionAt1(evaluate.Metric):
+    """Share of examples whose prediction is among their labels, as `{"precision_at_1": float}`.
+
+    Examples without labels are left out, as in AugReg's evaluation (big_vision, `evaluators/classification.py`).
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="Share of predictions that are among the labels of their example.",
+            citation="",
+            inputs_description="predictions: a list of class numbers; references: lists of class numbers.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.List(datasets.Value("int64"))}
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        hits = [p in labels for p, labels in zip(predictions, references, strict=True) if len(labels)]
+        if not hits:
+            raise ValueError(f"None of the {len(references)} examples has a label.")
+        return {"precision_at_1": float(np.mean(hits))}
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., https://arxiv.org/abs/1706.04599), in [0, 1].
+
+    Args:
+        confidence: (examples,) probability of the predicted class.
+        correct: (examples,) whether the prediction is right.
+        num_bins: of equal width.
+    """
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    gaps = np.bincount(bins, weights=correct.astype(float) - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def classification_metrics(prediction: EvalPrediction, calibration: bool = False) -> dict[str, float]:
+    """Metrics of an evaluation, for Trainer's `compute_metrics`.
+
+    With class numbers as labels, (batch,): "accuracy" and "loss", the mean cross-entropy. With 0 and 1 for each class,
+    (batch, classes): "precision_at_1", of the examples that have a label, and "loss", the mean binary cross-entropy.
 
     Examples that could not be read (label -100) are left out, and counted as "unreadable" where there are any.
 
+    Args:
+        prediction: logits (batch, classes) and labels.
+        calibration: add "calibration_error", of the probability of the predicted class: softmax, or sigmoid.
+
     Raises:
-        ValueError: no example could be read.
+        ValueError: no example could be read, or none has a label.
     """
+    multi_label = prediction.label_ids.ndim == 2
     readable = prediction.label_ids != IGNORED
+    if multi_label:
+        readable = readable.all(1)
     logits, labels = prediction.predictions[readable], prediction.label_ids[readable]
     if not len(labels):
         raise ValueError(f"None of the {len(readable)} examples to evaluate on could be read.")
-    metrics = Accuracy().compute(predictions=np.argmax(logits, axis=1), references=labels)
-    # Trainer's own is the mean over batches, of which one without a readable example has none.
-    metrics["loss"] = torch.nn.functional.cross_entropy(
-        torch.from_numpy(logits).float(), torch.from_numpy(labels)
-    ).item()
+    predicted = np.argmax(logits, axis=1)
+    scores = torch.from_numpy(logits).float()
+    # Trainer's own loss is the mean over batches, of which one without a readable example has none.
+    if multi_label:
+        positive = [np.flatnonzero(row) for row in labels]
+        metrics = PrecisionAt1().compute(predictions=predicted, references=positive)
+        metrics["loss"] = nn.functional.binary_cross_entropy_with_logits(
+            scores, torch.from_numpy(labels).float()
+        ).item()
+    else:
+        metrics = Accuracy().compute(predictions=predicted, references=labels)
+        metrics["loss"] = nn.functional.cross_entropy(scores, torch.from_numpy(labels)).item()
+    if calibration:
+        labelled = labels.any(1) if multi_label else np.full(len(labels), True)
+        correct = labels[np.arange(len(labels)), predicted] > 0 if multi_label else predicted == labels
+        probability = (scores.sigmoid() if multi_label else scores.softmax(-1)).amax(-1).numpy()
+        metrics["calibration_error"] = calibration_error(probability[labelled], correct[labelled])
     if not readable.all():
         metrics["unreadable"] = int((~readable).sum())
     return metrics

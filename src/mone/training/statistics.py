@@ -2,7 +2,7 @@
 """What is logged of training beside Trainer's own: gathered on the device, read only when it is logged."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ class StepStatistics:
     def _start(self):
         self.forwards, self.capacities, self.images = 0, 0.0, 0
         self.sums = torch.zeros(1 + self.num_experts, device=self.device)
-        self.start = time.perf_counter()
+        self.start, self.waiting = time.perf_counter(), 0.0
 
     @torch.no_grad()
     def add_forward(
@@ -52,6 +52,18 @@ class StepStatistics:
         bad = ~loss.isfinite() & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, torch.full_like(self.first_bad_step, step), self.first_bad_step)
 
+    def timed(self, batches: Iterator) -> Iterator:
+        """The same batches; the time that each takes to come counts as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waiting += time.perf_counter() - start
+            yield batch
+
     def read(self, accelerator) -> dict[str, float]:
         """The values to log, means over all processes; starts anew. Every process must call it."""
         logs = {}
@@ -63,5 +75,6 @@ class StepStatistics:
             logs |= {f"router_load_{expert}": share for expert, share in enumerate(means[1:])}
             seconds = time.perf_counter() - self.start
             logs["images_per_second"] = accelerator.num_processes * self.images / seconds
+            logs["data_waiting"] = self.waiting / seconds  # of this process
         self._start()
         return logs

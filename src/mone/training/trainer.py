@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer, TrainerCallback
@@ -21,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from ..capacity import effective_capacity, relative_widths
 from ..checkpoints import is_written_by_hand
+from ..data import LabelledStream
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
@@ -50,6 +53,10 @@ class MoNECallback(TrainerCallback):
         # Accelerate tells the data set its epoch in a single process only.
         if hasattr(train_dataloader.dataset, "set_epoch"):
             train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))
+        if isinstance(train_dataloader.dataset, LabelledStream) and not args.ignore_data_skip:
+            steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+            done = state.global_step % steps_per_epoch * args.gradient_accumulation_steps
+            train_dataloader.dataset.skip_batches(done)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.project_alpha_()
@@ -73,9 +80,9 @@ class MoNETrainer(Trainer):
     The routers may have their own learning rate, and alpha has no weight decay.
 
     Logged beside Trainer's own are, as means since the last log, the capacity, the routers' entropy (nats), the share
-    of tokens of each expert (`router_load_0` is the smallest) and images per second; each router's alpha; and the
-    multiply-accumulates spent since the start (`macs`: forward, twice that for the backward, and the teacher's
-    forward). `total_flos` is two operations for each of them.
+    of tokens of each expert (`router_load_0` is the smallest), images per second and the share of time spent waiting
+    for data (`data_waiting`); each router's alpha; and the multiply-accumulates spent since the start (`macs`:
+    forward, twice that for the backward, and the teacher's forward). `total_flos` is two operations for each of them.
 
     Training mixes examples (`args.mixup`) and smooths labels (`args.label_smoothing_factor`); evaluation does neither.
     The logits of several clips of a video, pixel_values (batch, clips, frames, channels, height, width), are averaged.
@@ -101,11 +108,14 @@ class MoNETrainer(Trainer):
         self._eval_capacity = self.capacity
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
         self.label_smoother = None
-        if self.softens_labels:
+        multi_label = config.problem_type == "multi_label_classification"
+        if self.args.bce_sum and not multi_label:
+            raise ValueError(f"bce_sum needs problem_type='multi_label_classification', got {config.problem_type!r}.")
+        if self.softens_labels and not (multi_label and self.args.label_smoothing_factor == 0):
             if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
                 raise ValueError(
-                    "mixup and label_smoothing_factor need single-label classification of at least 2 classes, got "
-                    f"problem_type={config.problem_type!r} and {config.num_labels} classes."
+                    "mixup needs classification of at least 2 classes, and label_smoothing_factor of one label per "
+                    f"example; got problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
             config.problem_type = "single_label_classification"
         self.teacher, self._teacher_logits = None, None
@@ -198,6 +208,34 @@ class MoNETrainer(Trainer):
         args.max_steps = steps
         return super().set_initial_training_values(args, dataloader)
 
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        """As Trainer's. A stream, which knows its process, is not split once more."""
+        data, args = self.train_dataset, self.args
+        if not isinstance(data, LabelledStream):
+            return super().get_train_dataloader()
+        loader = torch.utils.data.DataLoader(
+            data,
+            batch_size=data.batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self._statistics.timed(epoch_iterator), num_batches, device)
+
     # --- steps -------------------------------------------------------------------------------------------------------
 
     @property
@@ -222,9 +260,12 @@ class MoNETrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = {**self._prepare_inputs(inputs), "output_router_logits": True}
         if self.softens_labels:
+            count = inputs["labels"].numel()
             inputs |= self._soften_labels(inputs["pixel_values"], inputs["labels"])
             if num_items_in_batch is not None:
-                num_items_in_batch = num_items_in_batch * self.model.config.num_labels
+                num_items_in_batch = num_items_in_batch * (inputs["labels"].numel() // count)
+        if self.args.bce_sum:
+            num_items_in_batch = num_items_in_batch / self.model.config.num_labels  # the number of examples
         if self.teacher is not None:
             with self.accelerator.autocast():
                 self._teacher_logits = self.teacher(inputs["pixel_values"])
@@ -254,9 +295,10 @@ class MoNETrainer(Trainer):
             gradient_state._set_sync_gradients(True)
 
     def _soften_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Smoothed and mixed: labels (batch,) -> probabilities (batch, num_labels)."""
+        """Smoothed and mixed: labels (batch,) or (batch, num_labels) -> probabilities (batch, num_labels)."""
         num_labels, smoothing = self.model.config.num_labels, self.args.label_smoothing_factor
-        labels = torch.nn.functional.one_hot(labels, num_labels).to(pixel_values.dtype)
+        if labels.dim() == 1:
+            labels = torch.nn.functional.one_hot(labels, num_labels).to(pixel_values.dtype)
         labels = labels * (1 - smoothing) + smoothing / num_labels
         if self.args.mixup > 0:
             # Like the capacity, the same on every rank and after resumption, and the same for images and clips.

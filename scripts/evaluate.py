@@ -1,0 +1,101 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Evaluate an image or video model at a list of capacities, videos also with several numbers of clips.
+
+    python scripts/evaluate.py --model_name_or_path outputs/digits --validation_dir outputs/demo/digits/validation \\
+        --eval_capacities 0.2 0.4 1.0 --calibration --output_dir outputs/evaluation
+
+writes results.json, from which `scripts/make_model_card.py` makes a card (with a licence in its `--details`), and a
+plot of accuracy against compute. Data are given as to the training scripts; with several labels per example, accuracy
+is precision@1. Nothing is fetched but what is named.
+"""
+
+import importlib
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+if __name__ == "evaluate":
+    # For the scripts of this folder, where Python looks first, `import evaluate` means the library of that name.
+    folder = Path(__file__).resolve().parent
+    del sys.modules["evaluate"]
+    whole, sys.path = sys.path, [path for path in sys.path if Path(path).resolve() != folder]
+    try:
+        importlib.import_module("evaluate")
+    finally:
+        sys.path = whole
+else:
+    import train_image_classification
+    import train_video_classification
+    from train_image_classification import ImageArguments
+    from train_video_classification import VideoArguments, VideoModelArguments
+    from transformers import AutoConfig
+
+    from mone.data import make_video_transforms
+    from mone.data.sources import count_rows
+    from mone.training import measure_accuracy
+    from mone.training.command_line import parse_arguments
+    from mone.visualization import plot_accuracy_against_compute
+
+    @dataclass
+    class EvaluationArguments(VideoArguments, ImageArguments):
+        clips: list[int] = field(
+            default_factory=list,
+            metadata={"help": "Evaluate videos with each of these numbers of clips. Default: --num_clips alone."},
+        )
+        calibration: bool = field(
+            default=False, metadata={"help": "Also the expected calibration error, with 15 bins."}
+        )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Evaluate as `argv` (default: the command line) says; what results.json holds."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_arguments(argv, VideoModelArguments, EvaluationArguments)
+    if not model_args.model_name_or_path:
+        raise ValueError("Give --model_name_or_path.")
+    model_args.init_from = data_args.train_dir = None  # of a recipe
+    data_args.train_file, args.do_train, args.do_eval = [], False, True
+    is_video = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub).model_type == "mone_vivit"
+    task = train_video_classification if is_video else train_image_classification
+    model, processor, data_sets = task.load(model_args, data_args, args)
+    examples = data_sets["validation"]
+    if is_video and data_args.clips:
+        rows = []
+        for num_clips in data_args.clips:
+            examples.transforms = make_video_transforms(processor, train=False, num_clips=num_clips)
+            name = f"MoNE, {num_clips}x1"
+            rows += measure_accuracy(
+                model, processor, examples, args, name=name, num_clips=num_clips, calibration=data_args.calibration
+            )
+    else:
+        rows = measure_accuracy(model, processor, examples, args, calibration=data_args.calibration)
+
+    source = data_args.dataset_name or data_args.validation_dir or " ".join(data_args.validation_file)
+    results = {
+        "task": "video-classification" if is_video else "image-classification",
+        "dataset": {
+            "name": source,
+            "type": data_args.dataset_name or ("folder" if data_args.validation_dir else "file"),
+            "split": "validation",
+            "size": count_rows(examples.split),
+        },
+        "rows": rows,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "commands": [shlex.join(["python", "scripts/evaluate.py", *argv])],
+    }
+    if is_video and data_args.clips:
+        results["gmacs"] = "one video, all its clips"
+    if args.should_save:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        plot_accuracy_against_compute(rows, path=folder / "accuracy_against_compute.png")
+        print(json.dumps(rows, indent=2))
+    return results
+
+
+if __name__ == "__main__":
+    main()
