@@ -385,8 +385,9 @@ def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> No
         quant_pre_process(os.fspath(path), prepared, skip_symbolic_shape=True, skip_onnx_shape=True)
         model = onnx.load(prepared)
         del model.graph.value_info[:]  # shapes of Gemm's weights, which are about to be transposed
-        scopes = {node.name: str(node.metadata_props) for node in model.graph.node}
-        kept = [name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope]
+        # By the names of modules that the exporter leaves in the file; preparing loses them.
+        scopes = {node.name: str(node.metadata_props) for node in onnx.load(path, load_external_data=False).graph.node}
+        kept = {name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope}
         quantize_dynamic(
             model,
             file,
