@@ -96,12 +96,6 @@ def test_images_as_a_process_into_json_plot_and_card(tmp_path, image_model, imag
     assert "| 0.2 |" in str(make_model_card("card", {**results, "license": "apache-2.0"}))
 
 
-def test_the_library_of_the_same_name_stays_what_scripts_import():
-    program = "import sys; sys.path.insert(0, 'scripts'); import evaluate; print(evaluate.evaluator, evaluate.Metric)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "evaluate.module.Metric" in done.stdout
-
-
 def test_several_labels(tmp_path, image_model):
     features = Features({"image": Image(), "label": List(ClassLabel(names=["a", "b", "c"]))})
     labels = [[0, 1], [], [2], [1, 2]]
