@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
     task = train_video_classification if is_video else train_image_classification
     model, processor, data_sets = task.load(model_args, data_args, args)
     examples = data_sets["validation"]
+    size = count_rows(examples.split)
     if is_video and data_args.clips:
         rows = []
         for num_clips in data_args.clips:
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
             "name": source,
             "type": data_args.dataset_name or ("folder" if data_args.validation_dir else "file"),
             "split": "validation",
-            "size": count_rows(examples.split),
+            "size": size,
         },
         "rows": rows,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

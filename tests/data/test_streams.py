@@ -116,6 +116,15 @@ def test_processes_share_an_epoch(shards, processes):
     assert sorted(itertools.chain(*seen)) == list(range(SHARDS * ROWS))
 
 
+def test_workers_of_several_processes_share_the_files(shards):
+    seen = []
+    for index in range(2):
+        part = stream_of(shards, process_index=index, num_processes=2, num_workers=2, batch_size=3)
+        loader = torch.utils.data.DataLoader(part, 3, collate_fn=collate_examples, num_workers=2)
+        seen += [number for batch in loader for number in batch["pixel_values"][:, 0].tolist()]
+    assert sorted(seen) == list(range(SHARDS * ROWS))
+
+
 def test_a_short_share_begins_again(tmp_path):
     """Every process has to take as many steps."""
     folder = write_shards(tmp_path / "shards")

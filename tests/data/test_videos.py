@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Value, Video
 
 from mone import MoNEViViTVideoProcessor
-from mone.data import LabelledExamples, load_video_datasets, make_video_transforms
+from mone.data import LabelledExamples, LabelledStream, load_video_datasets, make_video_transforms
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -113,12 +113,14 @@ def test_parquet_with_the_videos_inside(folder, tmp_path):
     rows = {"clip": [{"path": None, "bytes": path.read_bytes()} for path in paths], "label": ["cat"]}
     features = Features({"clip": Video(decode=False), "label": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "v.parquet"))
-    splits = load_video_datasets(
-        train_file=str(tmp_path / "v.parquet"), validation_split=0, cache_dir=str(tmp_path / "cache")
-    )
-    data = LabelledExamples(splits["train"], make_video_transforms(processor_of(), train=False), train=False)
+    options = {"train_file": str(tmp_path / "v.parquet"), "cache_dir": str(tmp_path / "cache")}
+    transforms = make_video_transforms(processor_of(), train=False)
+    whole = LabelledExamples(load_video_datasets(**options, validation_split=0)["train"], transforms, train=False)
+    stream = LabelledStream(load_video_datasets(**options, streaming=True)["train"], transforms, train=False)
     expected = processor_of()(str(paths[0]), return_tensors="pt").pixel_values[0]
-    assert torch.equal(data[0]["pixel_values"], expected)
+    for example in (whole[0], *stream):
+        assert torch.equal(example["pixel_values"], expected)
+        assert example["labels"] == 0
 
 
 @pytest.mark.parametrize("num_clips", [1, 3])

@@ -240,7 +240,7 @@ def _with_class_labels_of_streams(
             )
     expected = _expected_names(names, label_names)
     return {
-        name: split if class_label(split) and names[name] == expected else _renumber_stream(split, expected)
+        name: _renumber_stream(split, expected) if class_label(split) is None or names[name] != expected else split
         for name, split in splits.items()
     }
 

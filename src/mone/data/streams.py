@@ -77,13 +77,10 @@ class LabelledStream(torch.utils.data.IterableDataset):
                 split = split.reshard()
             split = split.shuffle(seed=seed, buffer_size=buffer_size)
             split = split_dataset_by_node(split, process_index, num_processes)
-            shards = split.num_shards
-            if shards % num_processes == 0:
-                shards //= num_processes
-            if num_workers > shards:
+            if num_workers > split.num_shards:  # now of this process
                 raise ValueError(
                     f"{num_workers} workers in each of {num_processes} processes need as many files or row groups to "
-                    f"read: there are {shards} for a process. Lower --dataloader_num_workers."
+                    f"read: there are {split.num_shards} for a process. Lower --dataloader_num_workers."
                 )
         self.split = split
 
