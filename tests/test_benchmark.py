@@ -18,10 +18,12 @@ from mone.benchmark import (
     capacity_for_latency,
     environment,
     example_input,
+    growth,
     interleaved_seconds,
     measure,
     routing_share,
 )
+from mone.flops import attention_macs
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -148,6 +150,43 @@ def test_baselines_at_the_same_multiply_accumulates(monkeypatch):
         measure(video_config(), [0.5], 1, baselines=("timm",))
 
 
+def test_onnx_modes_compare_with_dense_in_the_same_runtime(monkeypatch, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    written = []
+    for name in ("export_onnx", "write_onnx", "quantize_onnx"):
+        function = getattr(benchmark, name)
+        monkeypatch.setattr(benchmark, name, lambda *a, f=function, n=name: (written.append(n), f(*a)))
+    speed = {"eager": 1.0, "onnx": 0.8, "onnx_int8": 0.4}
+    fake_clock(monkeypatch, lambda name: speed[name[1]] / (1 + (name[0] == "mone")))
+    for _ in range(2):  # the second time, the files are there
+        rows = measure(image_config(), [0.4], 2, modes=("onnx", "onnx_int8"), onnx_dir=tmp_path)
+        assert [(row["model"], row["mode"]) for row in rows] == [
+            ("dense", "eager"),
+            *((model, mode) for mode in ("onnx", "onnx_int8") for model in ("dense", "mone")),
+        ]
+        assert rows[4]["speedup"] == pytest.approx(5)
+        assert rows[4]["efficiency_onnx_int8"] == pytest.approx(2 / rows[4]["reduction"])
+        assert sorted(written) == ["export_onnx", "quantize_onnx", "quantize_onnx", "write_onnx"]
+    with pytest.raises(ValueError, match=r"\['onnx'\] run on the CPU in float32"):
+        measure(image_config(), [0.4], 2, modes=("onnx",), dtype=torch.bfloat16)
+
+
+def test_growth_names_axes_and_attention(monkeypatch):
+    fake_clock(monkeypatch, lambda name: 1.0)
+    series = {"image size": [(16, image_config(), 1)], "frames": [(4, video_config(), 2)]}
+    rows = growth(series, [0.4], mode="prepared")
+    assert [(row["axis"], row["value"], row["capacity"], row["batch_size"]) for row in rows] == [
+        ("image size", 16, None, 1),
+        ("image size", 16, 0.4, 1),
+        ("frames", 4, None, 2),
+        ("frames", 4, 0.4, 2),
+    ]
+    expected = attention_macs(image_config()) / count_macs(image_config(), 0.4)
+    assert rows[1]["attention_share"] == pytest.approx(expected)
+    assert rows[1]["attention_share"] > rows[0]["attention_share"] > 0
+
+
 @pytest.mark.parametrize("options", [{"modes": ("fast",)}, {"modes": ("compiled",), "train": True}])
 def test_modes_that_do_not_exist(options):
     with pytest.raises(ValueError, match="modes="):
@@ -254,3 +293,13 @@ def test_a_mone_needs_no_more_memory_than_the_dense_model(capacity, train):
         peaks.append(memory.peak)
     dense, mone = peaks
     assert mone <= dense
+
+
+def test_the_script_draws_growth(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "GROWTH", {"batch": [(n, image_config(), n) for n in (1, 2)]})
+    rows = script.main(["--growth", "--capacities", "0.4", "--rounds", "1", "--output_dir", str(tmp_path)])
+    assert len(rows) == 4 and "batch 2 mone | eager | 0.4 | 2" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png"}
+    with pytest.raises(SystemExit):
+        script.main(["--growth", "--modes", "eager", "prepared"])
+    assert all(config.resolve_capacity(0.4) for points in script.GROWTH.values() for _, config, _ in points)

@@ -13,6 +13,7 @@ from mone import (
     count_macs,
 )
 from mone.capacity import proportionate_allocation, uniform_allocation
+from mone.flops import attention_macs
 
 
 VIT_TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
@@ -214,3 +215,20 @@ def test_video_macs_are_pytorchs(capacity, pooling):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 8, 3, 32, 32), capacity=capacity)
     assert count_macs(config, capacity) == pytest.approx(counter.get_total_flops() / 2, rel=0.005)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("size", [None, (64, 32)])
+def test_attention_is_what_no_capacity_and_no_projection_explains(pooling, size):
+    config = small_config(pooling=pooling)
+    rows, columns = (size[0] // 8, size[1] // 8) if size else (6, 6)
+    sequence = rows * columns + (pooling == "cls")
+    projections = config.num_hidden_layers * sequence * 48 * (4 * 48 + 2 * 80)
+    others = rows * columns * (3 * 64 * 48 + 48 * 4) + 48 * 11
+    assert attention_macs(config, size) == count_macs(config, 1.0, size) - projections - others
+
+
+def test_attention_of_both_encoders_of_a_video_model():
+    fields = {"hidden_size": 48, "num_attention_heads": 4, "image_size": 48, "num_hidden_layers": 5}
+    config = MoNEViViTConfig(**fields, tubelet_size=(2, 8, 8), num_frames=6, num_temporal_layers=3)
+    assert attention_macs(config) == 2 * 48 * (3 * 5 * 36**2 + 3 * 3**2)
