@@ -2,7 +2,7 @@
 """Make a MoNE of a ViT: exactly the same model at capacity 1.0, ready to be fine-tuned to smaller budgets.
 
     python scripts/convert.py google/vit-base-patch16-224 outputs/mone-vit-base
-    python scripts/convert.py facebook/dinov2-small outputs/mone-dinov2 --channel_order activations --images photos/
+    python scripts/convert.py facebook/dinov2-small outputs/mone-dinov2 --order_channels photos/
     python scripts/convert.py outputs/mone-vit-base outputs/mone-video --video --config_overrides num_frames=16
 
 SOURCE is a folder, a name on the Hub, or a file of weights: ViT, DeiT, DINO, DINOv2, CLIP and SigLIP of transformers,
@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from mone import MoNEConfig, MoNEViViTConfig, MoNEViViTForVideoClassification
+from mone import MoNEConfig, MoNEViViTConfig
 from mone.conversion import (
     fit_image_processor,
     load_image_model,
@@ -47,21 +47,18 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--num_labels", type=int, help="classes of a new classifier (default: the source's own)")
     parser.add_argument("--video", action="store_true", help="go on to the video model, as ViViT starts from a ViT")
     parser.add_argument(
-        "--channel_order",
-        choices=["none", "weights", "activations"],
-        default="none",
-        help="give the small experts the important channels; activations are measured on --images "
-        "(default: %(default)s)",
+        "--order_channels",
+        type=Path,
+        metavar="IMAGES",
+        help="folder of some dozens of images, at any depth: give the small experts the principal components of what "
+        "the layers read of them, which changes nothing at capacity 1.0 (default: leave the channels as they are)",
     )
-    parser.add_argument("--images", type=Path, help="folder of images, some dozens, at any depth")
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
     parser.add_argument("--token", help="Hub token for private models")
     parser.add_argument("--cache_dir", help="where downloads are cached")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
 
-    if (args.channel_order == "activations") != (args.images is not None):
-        parser.error("--channel_order activations and --images belong together.")
     taken = args.destination.exists() and (not args.destination.is_dir() or any(args.destination.iterdir()))
     if taken and not args.overwrite:
         parser.error(f"{args.destination} has files already. Give another DESTINATION, or --overwrite.")
@@ -72,8 +69,6 @@ def main(argv: list[str] | None = None) -> Path:
 
     if args.video:
         image_model, image_processor = load_image_model(args.source, **hub), load_image_processor(args.source, **hub)
-        if isinstance(image_model, MoNEViViTForVideoClassification):
-            parser.error(f"{args.source} is a video model already: leave --video away.")
         order(image_model, image_processor, args)
         model = mone_vivit_from_mone(image_model, **overrides)
         processor = make_video_processor(model.config, image_processor)
@@ -86,20 +81,15 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def order(model: PreTrainedModel, processor: BaseImageProcessor | None, args: argparse.Namespace) -> None:
-    """Order the model's channels as the command line asks for."""
-    if args.channel_order == "none":
+    """Order the model's channels if the command line asks for it."""
+    if args.order_channels is None:
         return
-    pixel_values = None
-    if args.images is not None:
-        files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise ValueError(f"{args.images} has no images, that is files ending in {IMAGE_SUFFIXES}.")
-        if isinstance(model, MoNEViViTForVideoClassification):
-            raise ValueError("--images measure an image model; for a video model there is --channel_order weights.")
-        processor = fit_image_processor(processor, args.source, model.config)
-        images = [Image.open(path).convert("RGB") for path in files]
-        pixel_values = processor(images, return_tensors="pt").pixel_values
-    order_channels(model, pixel_values)
+    files = sorted(path for path in args.order_channels.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{args.order_channels} has no images, that is files ending in {IMAGE_SUFFIXES}.")
+    processor = fit_image_processor(processor, args.source, model.config)
+    images = [Image.open(path).convert("RGB") for path in files]
+    order_channels(model, processor(images, return_tensors="pt").pixel_values)
 
 
 def write(destination: Path, model: PreTrainedModel, processor) -> None:

@@ -70,7 +70,8 @@ def test_the_same_at_base_size(name):
             if name == "mae":
                 continue  # its noise in `dense_output` is for patches of 8
             expected = dense_output(vit, pixel_values)
-            torch.testing.assert_close(converted_output(model, pixel_values), expected, atol=1e-5, rtol=1e-5)
+            unit = max(1.0, expected.std().item())  # tokens without a final norm are large
+            torch.testing.assert_close(converted_output(model, pixel_values), expected, atol=1e-5 * unit, rtol=0)
 
 
 def test_every_family_is_tested():

@@ -1,90 +1,141 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Order the channels of the residual stream, so that the nested experts get the important ones.
+"""Put what matters in the residual stream into its first channels, which are all that a nested expert has.
 
-A transformer does not change when the D channels of its residual stream are numbered otherwise, together with all
-weights that read or write them. An expert of width d works on the first d; in a checkpoint trained without nesting
-these are any d.
+An expert of width d works on the first d channels; in a checkpoint trained without nesting these are any d. But a
+pre-norm transformer stays the same when its residual stream x is rotated to Q x, together with the weights that write
+it and read it, if Q keeps the mean of the channels: a layer norm then returns Q times what it returned, once its scale
+and shift are moved into the projections behind it. SliceGPT (Ashkboos et al., ICLR 2024) rotates language models with
+RMS norms to delete channels; here the rotation may not touch the mean, and nothing is deleted.
 """
 
 import torch
 from torch import nn
 
-from ..modeling_mone import MoNEPreTrainedModel, PositionedTokens
+from ..modeling_mone import MoNEForImageClassification, MoNELayer, MoNEModel, PositionedTokens
 from ..nested_linear import NestedIn, NestedOut
 from ..routing import Router
 
 
 @torch.no_grad()
-def permute_channels(model: MoNEPreTrainedModel, order: torch.Tensor) -> None:
-    """Number the residual stream's channels anew, in place: the new channel i is the old one `order[i]`.
+def order_channels(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Rotate the residual stream, in place, so that the first channels hold what the layers read most of.
 
-    At capacity 1.0 the model's outputs stay the same, `last_hidden_state` and `hidden_states` up to this order.
+    The first d channels get the d - 1 leading principal components of the tokens behind the layer norms, all norms
+    together, and their share of the mean. At capacity 1.0 the model stays the same, as [`rotate_channels`] says. It is
+    meant for a model that was not trained as a MoNE: what small experts have learned is lost.
 
     Args:
-        order: (D,) a permutation of 0..D-1.
+        pixel_values: (B, C, height, width), some dozens of inputs as the model takes them.
+
+    Returns:
+        (D, D) the rotation, float64.
+
+    Raises:
+        ValueError: as [`rotate_channels`].
     """
-    width = model.config.hidden_size
-    if not torch.equal(order.sort().values.cpu(), torch.arange(width)):
-        raise ValueError(f"order must be a permutation of the channels 0 to {width - 1}.")
-
-    def permute(parameter: nn.Parameter | None, dim: int) -> None:
-        if parameter is not None:
-            tokens = parameter.unflatten(dim, (-1, width))  # some poolings put several tokens side by side
-            parameter.copy_(tokens.index_select(dim + 1, order.to(parameter.device)).flatten(dim, dim + 1))
-
-    for name, module in model.named_modules():
-        if isinstance(module, (NestedOut, nn.LayerNorm, nn.Conv2d, nn.Conv3d)):
-            permute(module.weight, 0)
-            permute(module.bias, 0)
-        elif isinstance(module, NestedIn):
-            permute(module.weight, 1)
-        elif isinstance(module, Router) and module.router_type != "random":
-            permute(module.proj.weight, 1)
-        elif isinstance(module, PositionedTokens):
-            for parameter in (module.cls_token, module.register_tokens, module.position_embeddings):
-                permute(parameter, 2)
-        elif name == "classifier" and isinstance(module, nn.Linear):
-            permute(module.weight, 1)
+    check_rotatable(model)
+    rotation = principal_rotation(read_moments(model, pixel_values))
+    rotate_channels(model, rotation)
+    return rotation
 
 
 @torch.no_grad()
-def order_channels(model: MoNEPreTrainedModel, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
-    """Order the channels by importance, the most important first, in place.
+def rotate_channels(model: MoNEForImageClassification | MoNEModel, rotation: torch.Tensor) -> None:
+    """Rotate the residual stream x to `rotation @ x`, in place.
+
+    At capacity 1.0 logits and router logits stay the same, and `hidden_states` up to the rotation. The norms keep no
+    scale and shift; so a model without a classifier, which could take those of the last one, loses them:
+    `last_hidden_state` is the rotated one before that norm's scale and shift.
 
     Args:
-        model: an image or video model.
-        pixel_values: a few dozen inputs, as the model takes them. A channel's importance is then how much the layers
-            change it. Without them it is the size of the weights that do.
+        rotation: (D, D), orthogonal, with rows that sum to 1. A permutation is one.
 
-    Returns:
-        (D,) the order: which old channel is now where, as in [`permute_channels`].
+    Raises:
+        ValueError: for another matrix, or a model that has a norm in its embeddings (CLIP) or is no image model.
     """
-    importance = weight_importance(model) if pixel_values is None else write_importance(model, pixel_values)
-    order = importance.argsort(descending=True, stable=True)
-    permute_channels(model, order)
-    return order
+    check_rotatable(model)
+    width = model.config.hidden_size
+    rotation = rotation.to(model.device, torch.float64)
+    ones, identity = rotation.new_ones(width), torch.eye(width, dtype=rotation.dtype, device=rotation.device)
+    if (
+        rotation.shape != (width, width)
+        or not torch.allclose(rotation @ rotation.T, identity, atol=1e-6)
+        or not torch.allclose(rotation @ ones, ones, atol=1e-6)
+    ):
+        raise ValueError(f"rotation must be an orthogonal {width}x{width} matrix whose rows sum to 1.")
+
+    def write(parameter: nn.Parameter | None, dim: int) -> None:
+        """Rotate an axis of D channels, or of several tokens' side by side."""
+        if parameter is not None:
+            tokens = parameter.double().unflatten(dim, (-1, width)).movedim(dim + 1, -1)
+            parameter.copy_((tokens @ rotation.T).movedim(-1, dim + 1).flatten(dim, dim + 1))
+
+    for module in model.modules():
+        if isinstance(module, MoNELayer):
+            attention = module.attention
+            fold_norm(module.layernorm_before, [attention.q_proj, attention.k_proj, attention.v_proj])
+            fold_norm(module.layernorm_after, [module.mlp.fc1])
+            model.config.qkv_bias = True
+    base = model.base_model
+    has_classifier = isinstance(getattr(model, "classifier", None), nn.Linear)
+    if isinstance(base.layernorm, nn.LayerNorm):
+        fold_norm(base.layernorm, [model.classifier] if has_classifier else [])
+
+    for module in model.modules():
+        if isinstance(module, (NestedOut, nn.Conv2d)):
+            write(module.weight, 0)
+            write(module.bias, 0)
+        elif isinstance(module, NestedIn):
+            write(module.weight, 1)
+        elif isinstance(module, Router) and module.router_type != "random":
+            write(module.proj.weight, 1)
+        elif isinstance(module, PositionedTokens):
+            for parameter in (module.cls_token, module.register_tokens, module.position_embeddings):
+                write(parameter, 2)
+    if has_classifier:
+        write(model.classifier.weight, 1)
 
 
-def out_projections(model: MoNEPreTrainedModel) -> list[NestedOut]:
-    """The layers' two out-projections each, which alone change the residual stream."""
-    return [module for module in model.modules() if isinstance(module, NestedOut)]
+def check_rotatable(model: nn.Module) -> None:
+    """Raise ValueError for a model whose residual stream cannot be rotated."""
+    if not isinstance(model, (MoNEForImageClassification, MoNEModel)):
+        raise ValueError(
+            f"{type(model).__name__} has two residual streams; the channels of an image model can be ordered, and a "
+            "video model made of that."
+        )
+    if model.config.embedding_norm:
+        raise ValueError(
+            "embedding_norm=True: scale and shift of the norm in the embeddings, as CLIP has one, belong to single "
+            "channels, so that these cannot be ordered."
+        )
 
 
-def weight_importance(model: MoNEPreTrainedModel) -> torch.Tensor:
-    """(D,) share of a channel's weights in the squared norm of each out-projection, summed over these."""
-    norms = [module.weight.float().square().sum(dim=1) for module in out_projections(model)]
-    return sum(norm / norm.sum() for norm in norms)
+def fold_norm(norm: nn.LayerNorm, readers: list[nn.Linear]) -> None:
+    """Move scale and shift of a norm into the projections that read it, be it several tokens side by side."""
+    scale, shift = norm.weight.double(), norm.bias.double()
+    for reader in readers:
+        count = reader.in_features // len(scale)
+        weight = reader.weight.double()
+        constant = weight @ shift.repeat(count)
+        if reader.bias is None:
+            reader.bias = nn.Parameter(constant.to(reader.weight.dtype))
+        else:
+            reader.bias.copy_(reader.bias.double() + constant)
+        reader.weight.copy_(weight * scale.repeat(count))
+    norm.weight.fill_(1.0)
+    norm.bias.zero_()
 
 
-def write_importance(model: MoNEPreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(D,) share of a channel in the variance of each out-projection's output, summed over these."""
-    sums = {module: torch.zeros(3, model.config.hidden_size) for module in out_projections(model)}
+def read_moments(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(D, D) second moments of the dense model's tokens behind all layer norms, before scale and shift."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    moments = torch.zeros(model.config.hidden_size, model.config.hidden_size, dtype=torch.float64, device=model.device)
 
-    def record(module, args, output):  # of some of the tokens
-        rows = output.double().flatten(0, -2).cpu()
-        sums[module] = sums[module] + torch.stack([torch.ones_like(rows), rows, rows.square()]).sum(dim=1)
+    def record(norm, args):
+        tokens = nn.functional.layer_norm(args[0].double(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
+        moments.add_(tokens.T @ tokens / len(tokens))
 
-    hooks = [module.register_forward_hook(record) for module in sums]
+    hooks = [norm.register_forward_pre_hook(record) for norm in norms]
     training = model.training
     try:
         model.eval()(pixel_values.to(model.device), capacity=1.0)
@@ -92,5 +143,24 @@ def write_importance(model: MoNEPreTrainedModel, pixel_values: torch.Tensor) -> 
         model.train(training)
         for hook in hooks:
             hook.remove()
-    variances = [squares / count - (total / count).square() for count, total, squares in sums.values()]
-    return sum(variance / variance.sum() for variance in variances)
+    return moments
+
+
+def principal_rotation(moments: torch.Tensor) -> torch.Tensor:
+    """The rotation that keeps the mean and puts the k leading principal components into the first k + 1 channels.
+
+    Args:
+        moments: (D, D) second moments, about 0 and not about the mean: for an expert that lacks a channel, this
+            channel's mean is missing like the rest of it.
+    """
+    basis = helmert(len(moments)).to(moments)
+    components = basis @ torch.linalg.eigh(basis.T @ moments @ basis).eigenvectors.flip(1)  # eigh's are ascending
+    return basis @ components.T + 1 / len(moments)
+
+
+def helmert(width: int) -> torch.Tensor:
+    """(D, D - 1) orthonormal columns, all orthogonal to the ones, of which number k is 0 behind channel k + 1."""
+    k = torch.arange(1, width, dtype=torch.float64)
+    columns = torch.ones(width, width - 1, dtype=torch.float64).triu()
+    columns[torch.arange(1, width), torch.arange(width - 1)] = -k
+    return columns / (k * (k + 1)).sqrt()
