@@ -113,8 +113,16 @@ def test_training_steps_run_backward(monkeypatch):
     fake_clock(monkeypatch, lambda name: 1.0)
     stepped = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: stepped.append(loss.requires_grad))
-    measure(image_config(), [0.4], 2, train=True)
+    rows = measure(image_config(), [0.4], 2, train=True)
     assert stepped and all(stepped)
+    calls = {"dense": 1, "eager": 1, "uniform": 9, "joint": 4}
+    assert len(stepped) % sum(calls.values()) == 0
+    uniform, joint = rows[2:]
+    assert [(row["mode"], row["capacity"]) for row in (uniform, joint)] == [("uniform", None), ("joint", None)]
+    assert uniform["gmacs"] == pytest.approx(sum(count_macs(image_config(), c / 100) for c in range(15, 96, 10)) / 9e9)
+    widths = [[float(i == j) for i in range(4)] for j in range(4)]
+    assert joint["gmacs"] == pytest.approx(sum(count_macs(image_config(), shares) for shares in widths) / 1e9)
+    assert (uniform["per_second"], joint["per_second"]) == (18, 2), "of nine calls the mean, of four the sum"
 
 
 def test_compiled_layers_give_the_same_rows(monkeypatch):
