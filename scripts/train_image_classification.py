@@ -11,9 +11,9 @@ The arguments may also stand in a JSON or YAML file, such as those in scripts/re
     python scripts/train_image_classification.py scripts/recipes/augreg_s16_imagenet1k.yaml \\
         --train_file 'train-*.parquet' --validation_file 'validation-*.parquet'
 
-A pretrained ViT keeps more of what it knows in the small experts when its channels are ordered first:
+A pretrained ViT starts closer to what it was at small capacities when it is calibrated on training images first:
 
-    python scripts/train_image_classification.py --model_name_or_path facebook/dinov2-small --order_channels true ...
+    python scripts/train_image_classification.py --model_name_or_path facebook/dinov2-small --calibrate true ...
 
 A run that was stopped goes on from its last checkpoint in `--output_dir` when it is started again.
 """
@@ -28,7 +28,7 @@ from transformers import ViTImageProcessor
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.configuration_mone import as_pair
-from mone.conversion import check_source, load_image_model_and_processor, order_channels, resize_and_crop
+from mone.conversion import calibrate, check_source, load_image_model_and_processor, resize_and_crop
 from mone.data import collate_examples, load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
@@ -47,11 +47,11 @@ from mone.training.command_line import (
 
 @dataclass
 class ImageModelArguments(ModelArguments):
-    order_channels: bool = field(
+    calibrate: bool = field(
         default=False,
         metadata={
-            "help": "Before a checkpoint that is no MoNE is trained: give the small experts the principal components "
-            "of what its layers read of 64 training images. At capacity 1.0 it stays the same."
+            "help": "Before a checkpoint that is no MoNE is trained: fit small experts and routers to 64 training "
+            "images. At capacity 1.0 it stays the same."
         },
     )
 
@@ -79,16 +79,16 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
         raise ValueError("Give --model_name_or_path, or --config_overrides for a new model.")
     names = None
     config = None if checkpoint is None else check_source(checkpoint, **model_args.hub)
-    if model_args.order_channels:
+    if model_args.calibrate:
         if checkpoint is None or (config is not None and config.model_type == "mone"):
             raise ValueError(
-                "--order_channels is for a pretrained ViT: a new model has nothing to order, and the small experts of "
-                f"a MoNE would lose what they have learned; --model_name_or_path is {checkpoint}."
+                "--calibrate is for a pretrained ViT: a new model has nothing to keep, and small experts and routers "
+                f"of a MoNE would lose what they have learned; --model_name_or_path is {checkpoint}."
             )
         if data_args.streaming:
             raise ValueError(
-                "--order_channels needs random access to the training images, which --streaming has not: run "
-                "`python scripts/convert.py SOURCE DESTINATION --order_channels IMAGES` first."
+                "--calibrate needs random access to the training images, which --streaming has not: run "
+                "`python scripts/convert.py SOURCE DESTINATION --calibrate IMAGES` first."
             )
     if config is not None and not training_args.do_train:
         names = [config.id2label[number] for number in range(config.num_labels)]
@@ -124,11 +124,11 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
         randaugment_magnitude=data_args.randaugment_magnitude,
     )
     data_sets = make_examples(model, splits, transforms, data_args, training_args)
-    if model_args.order_channels and training_args.do_train:
+    if model_args.calibrate and training_args.do_train:
         # The same in every process.
         generator = torch.Generator().manual_seed(training_args.seed)
         loader = DataLoader(data_sets["train"], 64, shuffle=True, generator=generator, collate_fn=collate_examples)
-        order_channels(model, next(iter(loader))["pixel_values"])
+        calibrate(model, next(iter(loader))["pixel_values"])
     return model, processor, data_sets
 
 

@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_family(tmp_path, parquet):
     assert (model.config.pooling, model.classifier.in_features) == ("cls_mean", 64)
 
 
-def test_ordered_channels(tmp_path, parquet):
+def test_calibration(tmp_path, parquet):
     """The same predictions at capacity 1.0, which a learning rate of 0 leaves, from other weights."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
     names = {str(i): i for i in range(10)}
@@ -147,11 +147,11 @@ def test_ordered_channels(tmp_path, parquet):
     ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
     losses, kernels = [], []
-    for ordered in ("false", "true"):
-        out = str(tmp_path / ordered)
+    for calibrated in ("false", "true"):
+        out = str(tmp_path / calibrated)
         metrics = script.main(
             [
-                *(*parquet, "--model_name_or_path", str(tmp_path / "vit"), "--order_channels", ordered),
+                *(*parquet, "--model_name_or_path", str(tmp_path / "vit"), "--calibrate", calibrated),
                 *("--output_dir", out, "--do_train", "--do_eval", "--max_steps", "1", "--learning_rate", "0"),
                 *("--eval_capacities", "1.0", "0.3", "--cache_dir", str(tmp_path / "cache"), *QUIET),
             ]
@@ -169,7 +169,7 @@ def test_ordered_channels(tmp_path, parquet):
         (["--model_name_or_path", str(tmp_path / "vit"), "--streaming"], "which --streaming has not"),
     ):
         with pytest.raises(ValueError, match=message):
-            script.main([*parquet, *options, "--order_channels", "--do_train", "--output_dir", str(tmp_path / "no")])
+            script.main([*parquet, *options, "--calibrate", "--do_train", "--output_dir", str(tmp_path / "no")])
 
 
 def test_a_checkpoint_that_cannot_be_converted_is_refused_before_data_are_read(tmp_path):
