@@ -12,6 +12,7 @@ when everything is written, model, image processor and code; an error leaves not
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -50,8 +51,8 @@ def main(argv: list[str] | None = None) -> Path:
         "--calibrate",
         type=Path,
         metavar="IMAGES",
-        help="folder of some dozens of images, at any depth, to which small experts and routers are fitted before any "
-        "training; nothing changes at capacity 1.0 (default: they start at random)",
+        help="folder of images, at any depth: small experts and routers are fitted to 64 of them, from all over it, "
+        "before any training; nothing changes at capacity 1.0 (default: they start at random)",
     )
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
     parser.add_argument("--token", help="Hub token for private models")
@@ -88,7 +89,7 @@ def fit(model: PreTrainedModel, processor: BaseImageProcessor | None, args: argp
     if not files:
         raise ValueError(f"{args.calibrate} has no images, that is files ending in {IMAGE_SUFFIXES}.")
     processor = fit_image_processor(processor, args.source, model.config)
-    images = [Image.open(path).convert("RGB") for path in files]
+    images = [Image.open(path).convert("RGB") for path in files[:: math.ceil(len(files) / 64)]]
     calibrate(model, processor(images, return_tensors="pt").pixel_values)
 
 

@@ -15,7 +15,11 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "
 
 def make_model(**fields) -> MoNEForImageClassification:
     fields = {**SIZES, "num_hidden_layers": 3, "patch_size": 8, "num_labels": 5, **fields}
-    return randomise(MoNEForImageClassification(MoNEConfig(**fields)))
+    model = randomise(MoNEForImageClassification(MoNEConfig(**fields)))
+    for router in model.mone.routers:
+        if hasattr(router, "alpha"):
+            torch.nn.init.zeros_(router.alpha)
+    return model
 
 
 def make_pixels(count: int = 16, seed: int = 0) -> torch.Tensor:
@@ -105,6 +109,13 @@ def test_routers_that_learn_no_ranking_stay(router_type):
 
 
 def test_models_that_cannot_be_calibrated():
+    trained = make_model()
+    trained.mone.routers[0].alpha.data.fill_(0.25)
+    before = {name: value.clone() for name, value in trained.named_parameters()}
+    for fit in (calibrate, start_routers):
+        with pytest.raises(ValueError, match=r"trained as a MoNE.*mone\.routers\.0\.alpha = 0\.25"):
+            fit(trained, make_pixels())
+    assert all(torch.equal(before[name], value) for name, value in trained.named_parameters())
     with pytest.raises(ValueError, match="embedding_norm=True"):
         calibrate(mone_from_vit(make_vit("clip")), make_pixels())
     video = MoNEViViTForVideoClassification(

@@ -2,6 +2,7 @@
 """Fit a converted ViT to some images before it is trained: what small experts keep, and which tokens they get."""
 
 import torch
+from transformers import PreTrainedModel
 
 from ..capacity import relative_widths
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
@@ -19,15 +20,16 @@ LOGIT_ZERO = 2.0
 def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> None:
     """Order the channels ([`order_channels`]) and start the routers ([`start_routers`]), in place.
 
-    At capacity 1.0 the model stays the same, at smaller ones it stays closer to that before any training. It is meant
-    for a model that was not trained as a MoNE: what its small experts and routers have learned is lost.
+    At capacity 1.0 the model stays the same, at smaller ones it stays closer to that before any training.
 
     Args:
         pixel_values: (B, C, height, width), some dozens of inputs as the model takes them.
 
     Raises:
-        ValueError: a model that has a norm in its embeddings (CLIP), or is no image model.
+        ValueError: a model that has a norm in its embeddings (CLIP), is no image model, or was trained as a MoNE: what
+            its small experts and routers have learned would be lost.
     """
+    check_untrained(model)
     order_channels(model, pixel_values)
     start_routers(model, pixel_values)
 
@@ -44,7 +46,9 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
 
     Raises:
         TypeError: a model that is no image model.
+        ValueError: routers that have been trained.
     """
+    check_untrained(model)
     if not isinstance(model, (MoNEForImageClassification, MoNEModel)):
         raise TypeError(f"{type(model).__name__} is no image model: calibrate one, and make the video model of that.")
     base, config = model.base_model, model.config
@@ -82,6 +86,17 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
         steps = LOGIT_STEP * torch.arange(config.num_experts, device=weight.device)
         router.proj.weight.copy_(steps.unsqueeze(1) * weight)
         router.proj.bias.copy_(steps * (bias - LOGIT_ZERO))
+
+
+def check_untrained(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model whose routers have been trained, which shows in alpha: it starts at 0."""
+    trained = [
+        f"{name} = {value.item():.2g}" for name, value in model.named_parameters() if name.endswith(".alpha") and value
+    ]
+    if trained:
+        raise ValueError(
+            f"This model was trained as a MoNE, and would lose what it has learned: {', '.join(trained)}."
+        )
 
 
 def predict(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
