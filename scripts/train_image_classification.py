@@ -28,7 +28,13 @@ from transformers import ViTImageProcessor
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.configuration_mone import as_pair
-from mone.conversion import calibrate, check_source, load_image_model_and_processor, resize_and_crop
+from mone.conversion import (
+    calibrate,
+    check_source,
+    check_untrained,
+    load_image_model_and_processor,
+    resize_and_crop,
+)
 from mone.data import collate_examples, load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
@@ -50,8 +56,8 @@ class ImageModelArguments(ModelArguments):
     calibrate: bool = field(
         default=False,
         metadata={
-            "help": "Before a checkpoint that is no MoNE is trained: fit small experts and routers to 64 training "
-            "images. At capacity 1.0 it stays the same."
+            "help": "Before a checkpoint that was not trained as a MoNE is: fit small experts and routers to 64 "
+            "training images. At capacity 1.0 it stays the same."
         },
     )
 
@@ -80,11 +86,8 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
     names = None
     config = None if checkpoint is None else check_source(checkpoint, **model_args.hub)
     if model_args.calibrate:
-        if checkpoint is None or (config is not None and config.model_type == "mone"):
-            raise ValueError(
-                "--calibrate is for a pretrained ViT: a new model has nothing to keep, and small experts and routers "
-                f"of a MoNE would lose what they have learned; --model_name_or_path is {checkpoint}."
-            )
+        if checkpoint is None:
+            raise ValueError("--calibrate is for a pretrained --model_name_or_path: a new model has nothing to keep.")
         if data_args.streaming:
             raise ValueError(
                 "--calibrate needs random access to the training images, which --streaming has not: run "
@@ -111,6 +114,8 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
     else:
         # Another number of classes than the checkpoint's gets a new classifier.
         model, processor = load_image_model_and_processor(checkpoint, **model_args.hub, **fields)
+        if model_args.calibrate:
+            check_untrained(model)
     size = as_pair(model.config.image_size)
     if model_args.resize is not None:
         resize_and_crop(processor, model_args.resize, size)

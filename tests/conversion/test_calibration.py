@@ -90,6 +90,13 @@ def test_predict_is_a_ridge_regression():
     torch.testing.assert_close(weight, torch.cat([truth, truth]) / 2, atol=1e-2, rtol=0)
 
 
+def test_training_at_capacity_one_does_not_count():
+    model = make_model()
+    model.mone.routers[0].alpha.data.fill_(2e-4)
+    calibrate(model, make_pixels())
+    assert model.mone.routers[0].alpha.item() == 0
+
+
 def test_nothing_changes_at_capacity_one():
     model, pixel_values = mone_from_vit(make_vit("dinov2")).train(), make_pixels(3)
     with torch.no_grad():

@@ -163,9 +163,13 @@ def test_calibration(tmp_path, parquet):
     assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
     assert losses[0][1] != pytest.approx(losses[1][1], abs=1e-5)
     assert not np.allclose(*kernels, atol=1e-3)
+    trained = MoNEForImageClassification.from_pretrained(tmp_path / "true")
+    trained.mone.routers[0].alpha.data.fill_(0.1)
+    trained.save_pretrained(tmp_path / "trained")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "trained")
     for options, message in (
-        (["--model_name_or_path", str(tmp_path / "true")], "for a pretrained ViT"),
-        (["--config_overrides", TINY], "for a pretrained ViT"),
+        (["--model_name_or_path", str(tmp_path / "trained")], "was trained as a MoNE"),
+        (["--config_overrides", TINY], "a new model has nothing to keep"),
         (["--model_name_or_path", str(tmp_path / "vit"), "--streaming"], "which --streaming has not"),
     ):
         with pytest.raises(ValueError, match=message):

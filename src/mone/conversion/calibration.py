@@ -11,6 +11,8 @@ from .channel_order import order_channels
 
 # Of the mean variance of the regression's inputs.
 RIDGE = 1e-3
+# Training at capacity 1.0 leaves an alpha that is hardly above 0 and does nothing.
+ALPHA_OF_DENSE = 1e-3
 # Of the logits between neighbouring experts, for a token one standard deviation more in need of channels.
 LOGIT_STEP = 0.5
 # Standard deviations above the mean. Below, every expert but the smallest prefers the token with the higher score.
@@ -46,7 +48,7 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
 
     Raises:
         TypeError: a model that is no image model.
-        ValueError: routers that have been trained.
+        ValueError: a model that was trained as a MoNE.
     """
     check_untrained(model)
     if not isinstance(model, (MoNEForImageClassification, MoNEModel)):
@@ -84,15 +86,15 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
     for router, index, score in zip(base.routers, routed, missing, strict=True):
         weight, bias = predict(seen[base.layers[index]], (score - score.mean()) / score.std().clamp_min(1e-12))
         steps = LOGIT_STEP * torch.arange(config.num_experts, device=weight.device)
+        router.alpha.zero_()
         router.proj.weight.copy_(steps.unsqueeze(1) * weight)
         router.proj.bias.copy_(steps * (bias - LOGIT_ZERO))
 
 
 def check_untrained(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose routers have been trained, which shows in alpha: it starts at 0."""
-    trained = [
-        f"{name} = {value.item():.2g}" for name, value in model.named_parameters() if name.endswith(".alpha") and value
-    ]
+    alphas = {name: value.item() for name, value in model.named_parameters() if name.endswith(".alpha")}
+    trained = [f"{name} = {alpha:.2g}" for name, alpha in alphas.items() if alpha > ALPHA_OF_DENSE]
     if trained:
         raise ValueError(
             f"This model was trained as a MoNE, and would lose what it has learned: {', '.join(trained)}."
