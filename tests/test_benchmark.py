@@ -1,5 +1,6 @@
 """Timing: the order of the calls, what is compared with what, and what is made of it; never how long it took."""
 
+import shutil
 import statistics
 import sys
 import time
@@ -168,6 +169,12 @@ def test_onnx_modes_compare_with_dense_in_the_same_runtime(monkeypatch, tmp_path
         assert rows[4]["speedup"] == pytest.approx(5)
         assert rows[4]["efficiency_onnx_int8"] == pytest.approx(2 / rows[4]["reduction"])
         assert sorted(written) == ["export_onnx", "quantize_onnx", "quantize_onnx", "write_onnx"]
+    # Files of other code are not used again.
+    shutil.copytree(Path(benchmark.__file__).parent, tmp_path / "mone", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "mone" / "routing.py").write_text("changed")
+    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "mone" / "benchmark.py"))
+    measure(image_config(), [0.4], 2, modes=("onnx",), onnx_dir=tmp_path)
+    assert sorted(written) == ["export_onnx"] * 2 + ["quantize_onnx"] * 2 + ["write_onnx"] * 2
     with pytest.raises(ValueError, match=r"\['onnx'\] run on the CPU in float32"):
         measure(image_config(), [0.4], 2, modes=("onnx",), dtype=torch.bfloat16)
 

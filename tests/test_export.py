@@ -247,6 +247,18 @@ def test_int8(exported, tmp_path):
         quantize_onnx(tmp_path / "no.onnx", tmp_path / "int8.onnx")
 
 
+def test_int8_refuses_a_file_in_which_routers_cannot_be_found(exported, tmp_path):
+    import onnx
+
+    model = onnx.load(exported.path)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(ValueError, match=r"bare\.onnx' do not say .* routers cannot be told"):
+        quantize_onnx(tmp_path / "bare.onnx", tmp_path / "int8.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["bare.onnx"]
+
+
 def test_a_dense_model_goes_the_same_way(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

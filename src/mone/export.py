@@ -370,6 +370,7 @@ def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> No
 
     Raises:
         FileNotFoundError: there is no file at `path`.
+        ValueError: other tools have taken the names of modules from the file, by which routers are found.
         ImportError: without onnx and onnxruntime.
     """
     _require("onnx", "onnxruntime")
@@ -379,15 +380,20 @@ def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> No
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+    # The names of modules that the exporter leaves in the file; preparing loses them.
+    scopes = {node.name: str(node.metadata_props) for node in onnx.load(path, load_external_data=False).graph.node}
+    if not any("namespace" in scope for scope in scopes.values()):
+        raise ValueError(
+            f"The nodes of {os.fspath(path)!r} do not say which module they come from, so that routers cannot be told "
+            "from projections: quantise the file as export_onnx or write_onnx wrote it."
+        )
+    kept = {name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope}
     with _in_place_of(destination) as file, tempfile.TemporaryDirectory() as folder:
         # Folds the experts' parts of the weights into weights.
         prepared = Path(folder, "prepared.onnx")
         quant_pre_process(os.fspath(path), prepared, skip_symbolic_shape=True, skip_onnx_shape=True)
         model = onnx.load(prepared)
         del model.graph.value_info[:]  # shapes of Gemm's weights, which are about to be transposed
-        # By the names of modules that the exporter leaves in the file; preparing loses them.
-        scopes = {node.name: str(node.metadata_props) for node in onnx.load(path, load_external_data=False).graph.node}
-        kept = {name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope}
         quantize_dynamic(
             model,
             file,
