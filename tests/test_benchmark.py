@@ -1,6 +1,5 @@
 """Timing: the order of the calls, what is compared with what, and what is made of it; never how long it took."""
 
-import shutil
 import statistics
 import sys
 import time
@@ -169,14 +168,28 @@ def test_onnx_modes_compare_with_dense_in_the_same_runtime(monkeypatch, tmp_path
         assert rows[4]["speedup"] == pytest.approx(5)
         assert rows[4]["efficiency_onnx_int8"] == pytest.approx(2 / rows[4]["reduction"])
         assert sorted(written) == ["export_onnx", "quantize_onnx", "quantize_onnx", "write_onnx"]
-    # Files of other code are not used again.
-    shutil.copytree(Path(benchmark.__file__).parent, tmp_path / "mone", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "mone" / "routing.py").write_text("changed")
-    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "mone" / "benchmark.py"))
-    measure(image_config(), [0.4], 2, modes=("onnx",), onnx_dir=tmp_path)
-    assert sorted(written) == ["export_onnx"] * 2 + ["quantize_onnx"] * 2 + ["write_onnx"] * 2
     with pytest.raises(ValueError, match=r"\['onnx'\] run on the CPU in float32"):
         measure(image_config(), [0.4], 2, modes=("onnx",), dtype=torch.bfloat16)
+
+
+def test_onnx_files_of_other_code_are_not_timed(monkeypatch, tmp_path):
+    package = tmp_path / "mone"
+    (package / "baselines").mkdir(parents=True)
+    source = package / "baselines" / "dense.py"
+    source.write_text("old")
+    monkeypatch.setattr(benchmark, "__file__", str(package / "benchmark.py"))
+    monkeypatch.setattr(benchmark, "export_onnx", lambda model, path, capacity: path.write_text(source.read_text()))
+
+    def written(config, capacity):
+        path = benchmark._onnx_file(lambda kind: kind, MoNEForImageClassification, config, capacity, "onnx", tmp_path)
+        return path.name, path.read_text()
+
+    first = written(image_config(), 0.4)
+    assert written(image_config(), 0.4) == first and first[1] == "old"
+    source.write_text("new")
+    assert written(image_config(), 0.4)[1] == "new"
+    other = MoNEConfig(**{**IMAGE, "num_labels": 6}, patch_size=4)
+    assert len({first[0], *(written(config, c)[0] for config in (image_config(), other) for c in (0.4, 0.5))}) == 5
 
 
 def test_growth_names_axes_and_attention(monkeypatch):
