@@ -180,6 +180,26 @@ def test_onnx_modes_compare_with_dense_in_the_same_runtime(monkeypatch, tmp_path
         measure(image_config(), [0.4], 2, modes=("onnx",), dtype=torch.bfloat16)
 
 
+def test_onnx_files_of_other_code_are_not_timed(monkeypatch, tmp_path):
+    package = tmp_path / "mone"
+    (package / "baselines").mkdir(parents=True)
+    source = package / "baselines" / "dense.py"
+    source.write_text("old")
+    monkeypatch.setattr(benchmark, "__file__", str(package / "benchmark.py"))
+    monkeypatch.setattr(benchmark, "export_onnx", lambda model, path, capacity: path.write_text(source.read_text()))
+
+    def written(config, capacity):
+        path = benchmark._onnx_file(lambda kind: kind, MoNEForImageClassification, config, capacity, "onnx", tmp_path)
+        return path.name, path.read_text()
+
+    first = written(image_config(), 0.4)
+    assert written(image_config(), 0.4) == first and first[1] == "old"
+    source.write_text("new")
+    assert written(image_config(), 0.4)[1] == "new"
+    other = MoNEConfig(**{**IMAGE, "num_labels": 6}, patch_size=4)
+    assert len({first[0], *(written(config, c)[0] for config in (image_config(), other) for c in (0.4, 0.5))}) == 5
+
+
 def test_growth_names_axes_and_attention(monkeypatch):
     fake_clock(monkeypatch, lambda name: 1.0)
     series = {"image size": [(16, image_config(), 1)], "frames": [(4, video_config(), 2)]}

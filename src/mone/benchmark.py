@@ -139,7 +139,8 @@ def measure(
             widths.
         device, dtype: where and in what.
         rounds: timed calls of each variant, after two that do not count.
-        onnx_dir: folder for ONNX files; those that an earlier call has left are used again. Default: a temporary one.
+        onnx_dir: folder for ONNX files; those that the same code has left there are used again. Default: a
+            temporary one.
 
     Returns:
         Rows with "model" ("dense", "mone" or a baseline), "mode", "capacity", "batch_size", "train", "gmacs" (of one
@@ -296,8 +297,10 @@ def _peak_megabytes(call: Callable[[], object]) -> float:
 
 
 def _onnx_file(new: Callable, kind: type, config: MoNEConfig, capacity: float | None, mode: str, folder: Path) -> Path:
-    """The dense model (capacity None) or the MoNE as ONNX, written to `folder` unless it is there."""
-    key = hashlib.sha256(f"{config.to_json_string()} {capacity}".encode()).hexdigest()[:16]
+    """The dense model (capacity None) or the MoNE as ONNX, written to `folder` unless this package has done so."""
+    # Of the package's sources, too: a file that other code has written would time that code.
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+    key = hashlib.sha256(f"{config.to_json_string()} {capacity}".encode() + sources).hexdigest()[:16]
     path = Path(folder, f"{key}.onnx")
     if not path.exists():
         if capacity is None:
