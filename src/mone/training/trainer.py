@@ -31,6 +31,7 @@ from ..routing import Router
 from .distillation import Teacher, distillation_loss
 from .resumption import (
     Interruption,
+    check_not_deepspeed,
     crosses_fsdp,
     describe_last_checkpoint,
     load_model,
@@ -490,6 +491,8 @@ class MoNETrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.is_deepspeed_enabled:
+            check_not_deepspeed(resume_from_checkpoint)
         if not crosses_fsdp(resume_from_checkpoint, self.is_fsdp_enabled):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_model(resume_from_checkpoint, self.model if model is None else model)
