@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import psutil
@@ -223,6 +224,26 @@ def test_a_killed_run_of_deepspeed_goes_on_with_the_same_result(data, tmp_path, 
     assert on_one.returncode and "was written under DeepSpeed" in on_one.stderr, on_one.stderr[-3000:]
     assert "Going on from the checkpoint" in run(config, tmp_path / "killed", *options)
     assert largest_difference(tmp_path / "killed", tmp_path / "whole") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [1, 4])
+def test_two_processes_share_a_stream(data, tmp_path, files):
+    """An epoch of it: each example is read once, by one of them. Of a single file each takes its rows."""
+    examples = Dataset.from_parquet(data[1], cache_dir=str(tmp_path / "cache"))
+    for number in range(files):
+        examples.shard(files, number).to_parquet(str(tmp_path / f"train-{number}.parquet"))
+    options = ["--train_file", str(tmp_path / "train-*.parquet"), "--validation_split", "0", "--streaming"]
+    output = tmp_path / "out"
+    run("ddp.yaml", output, *options, "--num_train_epochs", "1", "--save_strategy", "no")
+    first, second = (parameters(output, rank)["read"] for rank in range(2))
+    encoded = (row["bytes"] for row in examples.cast_column("image", Image(decode=False))["image"])
+    assert len(first) == len(second) == 64 and sorted(first + second) == sorted(map(zlib.crc32, encoded))
+    assert len(losses(output)) == 8
+    saved = MoNEForImageClassification.from_pretrained(output).state_dict()
+    for rank in range(2):
+        own = parameters(output, rank)["parameters"]
+        assert all(torch.equal(own[name], value) for name, value in saved.items())
 
 
 @pytest.mark.slow
