@@ -2,7 +2,7 @@
 """Make a MoNE of a ViT: exactly the same model at capacity 1.0, ready to be fine-tuned to smaller budgets.
 
     python scripts/convert.py google/vit-base-patch16-224 outputs/mone-vit-base
-    python scripts/convert.py facebook/dinov2-small outputs/mone-dinov2 --order_channels photos/
+    python scripts/convert.py facebook/dinov2-small outputs/mone-dinov2 --calibrate photos/
     python scripts/convert.py outputs/mone-vit-base outputs/mone-video --video --config_overrides num_frames=16
 
 SOURCE is a folder, a name on the Hub, or a file of weights: ViT, DeiT, DINO, DINOv2, CLIP and SigLIP of transformers,
@@ -12,6 +12,7 @@ when everything is written, model, image processor and code; an error leaves not
 
 import argparse
 import logging
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -21,13 +22,13 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from mone import MoNEConfig, MoNEViViTConfig
 from mone.conversion import (
+    calibrate,
     fit_image_processor,
     load_image_model,
     load_image_model_and_processor,
     load_image_processor,
     make_video_processor,
     mone_vivit_from_mone,
-    order_channels,
 )
 from mone.training.command_line import parse_overrides
 
@@ -47,11 +48,11 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--num_labels", type=int, help="classes of a new classifier (default: the source's own)")
     parser.add_argument("--video", action="store_true", help="go on to the video model, as ViViT starts from a ViT")
     parser.add_argument(
-        "--order_channels",
+        "--calibrate",
         type=Path,
         metavar="IMAGES",
-        help="folder of some dozens of images, at any depth: give the small experts the principal components of what "
-        "the layers read of them, which changes nothing at capacity 1.0 (default: leave the channels as they are)",
+        help="folder of images, at any depth: small experts and routers are fitted to 64 of them, from all over it, "
+        "before any training; nothing changes at capacity 1.0 (default: they start at random)",
     )
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
     parser.add_argument("--token", help="Hub token for private models")
@@ -69,27 +70,27 @@ def main(argv: list[str] | None = None) -> Path:
 
     if args.video:
         image_model, image_processor = load_image_model(args.source, **hub), load_image_processor(args.source, **hub)
-        order(image_model, image_processor, args)
+        fit(image_model, image_processor, args)
         model = mone_vivit_from_mone(image_model, **overrides)
         processor = make_video_processor(model.config, image_processor)
     else:
         model, processor = load_image_model_and_processor(args.source, **hub, **overrides)
-        order(model, processor, args)
+        fit(model, processor, args)
     write(args.destination, model, processor)
     print(f"{args.destination}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
     return args.destination
 
 
-def order(model: PreTrainedModel, processor: BaseImageProcessor | None, args: argparse.Namespace) -> None:
-    """Order the model's channels if the command line asks for it."""
-    if args.order_channels is None:
+def fit(model: PreTrainedModel, processor: BaseImageProcessor | None, args: argparse.Namespace) -> None:
+    """Calibrate the model if the command line asks for it."""
+    if args.calibrate is None:
         return
-    files = sorted(path for path in args.order_channels.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in args.calibrate.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"{args.order_channels} has no images, that is files ending in {IMAGE_SUFFIXES}.")
+        raise ValueError(f"{args.calibrate} has no images, that is files ending in {IMAGE_SUFFIXES}.")
     processor = fit_image_processor(processor, args.source, model.config)
-    images = [Image.open(path).convert("RGB") for path in files]
-    order_channels(model, processor(images, return_tensors="pt").pixel_values)
+    images = [Image.open(path).convert("RGB") for path in files[:: math.ceil(len(files) / 64)]]
+    calibrate(model, processor(images, return_tensors="pt").pixel_values)
 
 
 def write(destination: Path, model: PreTrainedModel, processor) -> None:

@@ -11,6 +11,10 @@ The arguments may also stand in a JSON or YAML file, such as those in scripts/re
     python scripts/train_image_classification.py scripts/recipes/augreg_s16_imagenet1k.yaml \\
         --train_file 'train-*.parquet' --validation_file 'validation-*.parquet'
 
+A pretrained ViT starts closer to what it was at small capacities when it is calibrated on training images first:
+
+    python scripts/train_image_classification.py --model_name_or_path facebook/dinov2-small --calibrate true ...
+
 A run that was stopped goes on from its last checkpoint in `--output_dir` when it is started again.
 """
 
@@ -18,12 +22,20 @@ import functools
 import sys
 from dataclasses import dataclass, field
 
+import torch
+from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.configuration_mone import as_pair
-from mone.conversion import check_source, load_image_model_and_processor, resize_and_crop
-from mone.data import load_image_datasets, make_image_transforms
+from mone.conversion import (
+    calibrate,
+    check_source,
+    check_untrained,
+    load_image_model_and_processor,
+    resize_and_crop,
+)
+from mone.data import collate_examples, load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
     DataArguments,
@@ -40,6 +52,17 @@ from mone.training.command_line import (
 
 
 @dataclass
+class ImageModelArguments(ModelArguments):
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Before a checkpoint that was not trained as a MoNE is: fit small experts and routers to 64 "
+            "training images. At capacity 1.0 it stays the same."
+        },
+    )
+
+
+@dataclass
 class ImageArguments(DataArguments):
     image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
     min_crop: float = field(default=0.08, metadata={"help": "Least share of an image that a training crop keeps."})
@@ -48,20 +71,28 @@ class ImageArguments(DataArguments):
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train and evaluate as `argv` (default: the command line) says; the metrics of the run."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, training_args = parse_arguments(argv, ModelArguments, ImageArguments)
+    model_args, data_args, training_args = parse_arguments(argv, ImageModelArguments, ImageArguments)
     model, processor, data_sets = load(model_args, data_args, training_args)
     if data_args.measure_input:
         return report_input(data_sets["train"], data_args, training_args)
     return train_and_evaluate(model, processor, data_sets, training_args, "image-classification")
 
 
-def load(model_args: ModelArguments, data_args: ImageArguments, training_args: MoNETrainingArguments):
+def load(model_args: ImageModelArguments, data_args: ImageArguments, training_args: MoNETrainingArguments):
     """The model, its image processor and the data sets, with one set of labels."""
     checkpoint, overrides = model_args.model_name_or_path, parse_overrides(model_args.config_overrides)
     if checkpoint is None and not overrides:
         raise ValueError("Give --model_name_or_path, or --config_overrides for a new model.")
     names = None
     config = None if checkpoint is None else check_source(checkpoint, **model_args.hub)
+    if model_args.calibrate:
+        if checkpoint is None:
+            raise ValueError("--calibrate is for a pretrained --model_name_or_path: a new model has nothing to keep.")
+        if data_args.streaming:
+            raise ValueError(
+                "--calibrate needs random access to the training images, which --streaming has not: run "
+                "`python scripts/convert.py SOURCE DESTINATION --calibrate IMAGES` first."
+            )
     if config is not None and not training_args.do_train:
         names = [config.id2label[number] for number in range(config.num_labels)]
     splits = load_image_datasets(
@@ -83,6 +114,8 @@ def load(model_args: ModelArguments, data_args: ImageArguments, training_args: M
     else:
         # Another number of classes than the checkpoint's gets a new classifier.
         model, processor = load_image_model_and_processor(checkpoint, **model_args.hub, **fields)
+        if model_args.calibrate:
+            check_untrained(model)
     size = as_pair(model.config.image_size)
     if model_args.resize is not None:
         resize_and_crop(processor, model_args.resize, size)
@@ -95,7 +128,13 @@ def load(model_args: ModelArguments, data_args: ImageArguments, training_args: M
         randaugment_layers=data_args.randaugment_layers,
         randaugment_magnitude=data_args.randaugment_magnitude,
     )
-    return model, processor, make_examples(model, splits, transforms, data_args, training_args)
+    data_sets = make_examples(model, splits, transforms, data_args, training_args)
+    if model_args.calibrate and training_args.do_train:
+        # The same in every process.
+        generator = torch.Generator().manual_seed(training_args.seed)
+        loader = DataLoader(data_sets["train"], 64, shuffle=True, generator=generator, collate_fn=collate_examples)
+        calibrate(model, next(iter(loader))["pixel_values"])
+    return model, processor, data_sets
 
 
 if __name__ == "__main__":

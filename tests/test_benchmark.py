@@ -113,8 +113,16 @@ def test_training_steps_run_backward(monkeypatch):
     fake_clock(monkeypatch, lambda name: 1.0)
     stepped = []
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: stepped.append(loss.requires_grad))
-    measure(image_config(), [0.4], 2, train=True)
+    rows = measure(image_config(), [0.4], 2, train=True)
     assert stepped and all(stepped)
+    calls = {"dense": 1, "eager": 1, "uniform": 9, "joint": 4}
+    assert len(stepped) % sum(calls.values()) == 0
+    uniform, joint = rows[2:]
+    assert [(row["mode"], row["capacity"]) for row in (uniform, joint)] == [("uniform", None), ("joint", None)]
+    assert uniform["gmacs"] == pytest.approx(sum(count_macs(image_config(), c / 100) for c in range(15, 96, 10)) / 9e9)
+    widths = [[float(i == j) for i in range(4)] for j in range(4)]
+    assert joint["gmacs"] == pytest.approx(sum(count_macs(image_config(), shares) for shares in widths) / 1e9)
+    assert (uniform["per_second"], joint["per_second"]) == (18, 2), "of nine calls the mean, of four the sum"
 
 
 def test_compiled_layers_give_the_same_rows(monkeypatch):
@@ -170,6 +178,26 @@ def test_onnx_modes_compare_with_dense_in_the_same_runtime(monkeypatch, tmp_path
         assert sorted(written) == ["export_onnx", "quantize_onnx", "quantize_onnx", "write_onnx"]
     with pytest.raises(ValueError, match=r"\['onnx'\] run on the CPU in float32"):
         measure(image_config(), [0.4], 2, modes=("onnx",), dtype=torch.bfloat16)
+
+
+def test_onnx_files_of_other_code_are_not_timed(monkeypatch, tmp_path):
+    package = tmp_path / "mone"
+    (package / "baselines").mkdir(parents=True)
+    source = package / "baselines" / "dense.py"
+    source.write_text("old")
+    monkeypatch.setattr(benchmark, "__file__", str(package / "benchmark.py"))
+    monkeypatch.setattr(benchmark, "export_onnx", lambda model, path, capacity: path.write_text(source.read_text()))
+
+    def written(config, capacity):
+        path = benchmark._onnx_file(lambda kind: kind, MoNEForImageClassification, config, capacity, "onnx", tmp_path)
+        return path.name, path.read_text()
+
+    first = written(image_config(), 0.4)
+    assert written(image_config(), 0.4) == first and first[1] == "old"
+    source.write_text("new")
+    assert written(image_config(), 0.4)[1] == "new"
+    other = MoNEConfig(**{**IMAGE, "num_labels": 6}, patch_size=4)
+    assert len({first[0], *(written(config, c)[0] for config in (image_config(), other) for c in (0.4, 0.5))}) == 5
 
 
 def test_growth_names_axes_and_attention(monkeypatch):

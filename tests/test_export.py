@@ -100,6 +100,18 @@ def test_another_number_of_experts_and_prepared_weights():
     assert_same(outputs, model, pixels(model, 3), 0.7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_of_some_features_is_that_of_all(dtype):
+    generator = torch.Generator().manual_seed(0)
+    whole = (5 * torch.randn(1, 6, 48, generator=generator) + 3).to(dtype)
+    whole[:, 0] = 300.1  # without variance, but for rounding
+    norm = randomise_(torch.nn.LayerNorm(48, eps=1e-6)).to(dtype)
+    (stream,) = export._split(whole, ((0, 6, 12),))
+    with torch.no_grad():
+        torch.testing.assert_close(stream.normed(norm)[1:], norm(whole)[0, 1:, :12])
+        assert stream.normed(norm).isfinite().all()
+
+
 def test_the_model_is_as_before_also_after_an_error():
     model = image_model()
     with pytest.raises(ValueError, match="Image size 8x8"):
@@ -171,7 +183,9 @@ def test_the_graph_does_not_gather_in_layers(exported):
     layers, experts = 2, 4
     assert ops["Attention"] == layers
     assert ops["Gemm"] == layers * experts * 6 + 1, "a product with bias for each expert's part, and the classifier"
-    assert ops["LayerNormalization"] == layers * experts * 2 + 1 and ops["Gelu"] == layers * experts
+    # Narrow experts' norms leave the other features where they are. Queries, keys, values and the output are joined.
+    assert ops["LayerNormalization"] == layers * 2 + 1 and ops["Gelu"] == layers * experts
+    assert ops["Concat"] < 3 * layers + 10
     # As much gathering as one router needs, however many layers follow.
     gathers = [op for op in ops.elements() if op.startswith(("Gather", "Scatter"))]
     assert len(gathers) <= 12 and not {"ScatterND", "GatherND"} & set(gathers)
@@ -247,6 +261,18 @@ def test_int8(exported, tmp_path):
         quantize_onnx(tmp_path / "no.onnx", tmp_path / "int8.onnx")
 
 
+def test_int8_refuses_a_file_in_which_routers_cannot_be_found(exported, tmp_path):
+    import onnx
+
+    model = onnx.load(exported.path)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    with pytest.raises(ValueError, match=r"bare\.onnx' do not say .* routers cannot be told"):
+        quantize_onnx(tmp_path / "bare.onnx", tmp_path / "int8.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["bare.onnx"]
+
+
 def test_a_dense_model_goes_the_same_way(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -279,9 +305,10 @@ def test_a_dense_model_goes_the_same_way(tmp_path):
         (lambda: image_model().mone, 0.4, TypeError, "MoNEModel has no classifier"),
         (image_model, 1.2, ValueError, r"capacity=1\.2 is out of range. Allowed"),
         (image_model, (0.5, 0.6, 0, 0), ValueError, "sums to 1.1"),
-        (lambda: hooked(image_model()), 0.4, ValueError, r"layers\.1\.mlp\.fc2 has hooks"),
+        (lambda: hooked("layers.1.mlp.fc2"), 0.4, ValueError, r"layers\.1\.mlp\.fc2 has hooks"),
+        (lambda: hooked("layers.0.layernorm_after"), 0.4, ValueError, r"layers\.0\.layernorm_after has hooks"),
     ],
-    ids=["argmax", "random", "training", "no classifier", "capacity", "shares", "hooks"],
+    ids=["argmax", "random", "training", "no classifier", "capacity", "shares", "hooks", "norm with hooks"],
 )
 def test_refused_before_any_work(tmp_path, make, capacity, error, message):
     model = make()
@@ -292,8 +319,9 @@ def test_refused_before_any_work(tmp_path, make, capacity, error, message):
     assert not list(tmp_path.iterdir())
 
 
-def hooked(model):
-    model.mone.layers[1].mlp.fc2.register_forward_hook(lambda *_: None)
+def hooked(name):
+    model = image_model()
+    model.mone.get_submodule(name).register_forward_hook(lambda *_: None)
     return model
 
 

@@ -40,6 +40,7 @@ from .modeling_mone import (
     token_counts,
 )
 from .modeling_mone_vivit import MoNEViViTForVideoClassification
+from .training.schedules import PAPER_GRID, CapacitySchedule
 
 
 # How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, or in
@@ -133,10 +134,13 @@ def measure(
         modes: of `MODES`. With "compiled", "onnx" and "onnx_int8" the dense model is timed in this mode, too: in ONNX
             Runtime with all threads of torch, exported and quantised by the same functions.
         baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package.
-        train: forward and backward instead of inference; in eager mode only.
+        train: forward and backward instead of inference; in eager mode only. Two rows more have a schedule for their
+            mode and no capacity: "uniform", the mean over the capacities of [`PAPER_GRID`], and "joint", all nested
+            widths.
         device, dtype: where and in what.
         rounds: timed calls of each variant, after two that do not count.
-        onnx_dir: folder for ONNX files; those that an earlier call has left are used again. Default: a temporary one.
+        onnx_dir: folder for ONNX files; those that the same code has left there are used again. Default: a
+            temporary one.
 
     Returns:
         Rows with "model" ("dense", "mone" or a baseline), "mode", "capacity", "batch_size", "train", "gmacs" (of one
@@ -202,6 +206,14 @@ def measure(
                     module.compile(dynamic=False)
         for capacity in capacities:
             variants["mone", mode, capacity] = lambda m=models[mode], c=capacity: run(m, capacity=c)
+    schedules = {}
+    if train:
+        schedules["uniform"], schedules["joint"] = (
+            PAPER_GRID,
+            CapacitySchedule("joint", num_experts=config.num_experts)(0),
+        )
+    for schedule, steps in schedules.items():
+        variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]
     if "timm" in baselines:
         timm_model = new(timm_vit)
         variants["timm", "eager", None] = lambda: run(timm_model)
@@ -222,22 +234,28 @@ def measure(
     ):
         first = interleaved_seconds(variants, rounds=1, warmup=0)
         seconds = interleaved_seconds(variants, rounds=rounds, warmup=1)
-        peaks = {key: _peak_megabytes(call) for key, call in variants.items() if key[1] in ("eager", "prepared")}
+        peaks = {
+            key: _peak_megabytes(call) for key, call in variants.items() if key[1] in ("eager", "prepared", *schedules)
+        }
     of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
     rows = []
     for (name, mode, capacity), times in seconds.items():
-        median, quartiles = statistics.median(times), np.percentile(times, [25, 75])
+        calls = len(PAPER_GRID) if mode == "uniform" else 1
+        macs = (
+            sum(count_macs(config, c) for c in schedules[mode]) / calls / 1e9 if mode in schedules else gmacs[capacity]
+        )
+        median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
         row = {
             "model": name,
             "mode": mode,
             "capacity": capacity,
             "batch_size": batch_size,
             "train": train,
-            "gmacs": gmacs[capacity],
+            "gmacs": macs,
             "milliseconds": 1e3 * median,
             "spread": float(quartiles[1] - quartiles[0]) / 2 / median,
             "per_second": batch_size / median,
-            "reduction": gmacs[None] / gmacs[capacity],
+            "reduction": gmacs[None] / macs,
             "speedup": of_dense["eager"] / median,
             "peak_megabytes": peaks.get((name, mode, capacity)),
         }
@@ -279,8 +297,10 @@ def _peak_megabytes(call: Callable[[], object]) -> float:
 
 
 def _onnx_file(new: Callable, kind: type, config: MoNEConfig, capacity: float | None, mode: str, folder: Path) -> Path:
-    """The dense model (capacity None) or the MoNE as ONNX, written to `folder` unless it is there."""
-    key = hashlib.sha256(f"{config.to_json_string()} {capacity}".encode()).hexdigest()[:16]
+    """The dense model (capacity None) or the MoNE as ONNX, written to `folder` unless this package has done so."""
+    # Of the package's sources, too: a file that other code has written would time that code.
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+    key = hashlib.sha256(f"{config.to_json_string()} {capacity}".encode() + sources).hexdigest()[:16]
     path = Path(folder, f"{key}.onnx")
     if not path.exists():
         if capacity is None:

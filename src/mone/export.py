@@ -3,8 +3,8 @@
 
 The exported graph computes what the model computes and is laid out for runtimes that copy wherever PyTorch makes a
 view: every expert's tokens are a tensor of their own from a router to the next, and of it the features that the
-expert does not work on are another, which nothing touches. A layer only joins queries, keys and values for
-attention, and splits its result.
+expert does not work on are another, which nothing touches: layer norms only need its moments. A layer only joins
+queries, keys and values for attention, and splits its result.
 
 `pip install "mone[export]"` for ONNX: onnx, onnxscript and onnxruntime.
 
@@ -42,6 +42,9 @@ from .nested_linear import Slice, is_untouched
 # The first one with attention as an operator.
 OPSET = 23
 
+# Modules of which the export uses weights, without calling them.
+_TAKEN_APART = ("_proj", ".fc1", ".fc2", ".layernorm_before", ".layernorm_after")
+
 
 class ExportForm(nn.Module):
     """The classifier `model` at one capacity, laid out for export: `pixel_values` -> named outputs.
@@ -69,7 +72,7 @@ class ExportForm(nn.Module):
         if model.training:
             raise ValueError("The model is in training mode: call model.eval() before exporting it.")
         for name, module in model.named_modules():
-            if name.endswith(("_proj", ".fc1", ".fc2")) and not is_untouched(module):
+            if name.endswith(_TAKEN_APART) and not is_untouched(module):
                 raise ValueError(f"{name} has hooks or an adapter: remove or merge these before exporting.")
         config.resolve_capacity(capacity)
         self.model, self.capacity, self.router_outputs = model, capacity, router_outputs
@@ -146,6 +149,8 @@ class Stream(NamedTuple):
     """(B * n, d): those that the expert works on."""
     rest: torch.Tensor | None
     """(B * n, D - d), None for the full model."""
+    rest_moments: tuple[torch.Tensor, torch.Tensor] | None
+    """Sum and sum of squares of `rest`, (B * n, 1) in float32."""
     length: int
     """n"""
 
@@ -157,6 +162,18 @@ class Stream(NamedTuple):
         """(B * n, D)"""
         return self.features if self.rest is None else torch.cat([self.features, self.rest], dim=1)
 
+    def normed(self, norm: nn.LayerNorm) -> torch.Tensor:
+        """(B * n, d): `norm(self.whole())[:, :d]`, computed in float32 as norms are."""
+        if self.rest is None:
+            return norm(self.features)
+        size = self.width + self.rest.shape[1]
+        x, rest_sum, rest_squares = self.features.float(), *self.rest_moments
+        total, squares = _moments(x)
+        mean = (total + rest_sum) / size
+        variance = ((squares + rest_squares) / size - mean.square()).clamp(min=0)
+        x = (x - mean) / (variance + norm.eps).sqrt() * norm.weight[: self.width] + norm.bias[: self.width]
+        return x.to(self.features.dtype)
+
     def plus(self, update: torch.Tensor) -> "Stream":
         return self._replace(features=self.features + update)
 
@@ -166,9 +183,19 @@ def _split(hidden: torch.Tensor, slices: tuple[Slice, ...]) -> list[Stream]:
     full, lengths = hidden.shape[-1], [stop - start for start, stop, _ in slices]
     streams = []
     for tokens, length, (_, _, d) in zip(hidden.split(lengths, dim=1), lengths, slices, strict=True):
-        features, rest = tokens.flatten(0, 1).split([d, full - d], dim=1) if d < full else (tokens.flatten(0, 1), None)
-        streams.append(Stream(features, rest, length))
+        tokens = tokens.flatten(0, 1)
+        if d == full:
+            streams.append(Stream(tokens, None, None, length))
+        else:
+            features, rest = tokens.split([d, full - d], dim=1)
+            streams.append(Stream(features, rest, _moments(rest.float()), length))
     return streams
+
+
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, F) -> sum and sum of squares, (rows, 1)."""
+    # The norm is one operator in ONNX.
+    return x.sum(1, keepdim=True), torch.linalg.vector_norm(x, dim=1, keepdim=True).square()
 
 
 def _join(streams: list[Stream], order: torch.Tensor | None) -> torch.Tensor:
@@ -195,7 +222,7 @@ def _take(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
 def _layer(layer: MoNELayer, streams: list[Stream], gates: list[torch.Tensor | None]) -> list[Stream]:
     """`MoNELayer.forward`, without gradients and dropout."""
     attention, mlp = layer.attention, layer.mlp
-    normed = [layer.layernorm_before(stream.whole())[:, : stream.width] for stream in streams]
+    normed = [stream.normed(layer.layernorm_before) for stream in streams]
     query, key, value = (
         _sequence([_contract(x, proj) for x in normed], streams)
         for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -207,7 +234,7 @@ def _layer(layer: MoNELayer, streams: list[Stream], gates: list[torch.Tensor | N
     ]
     done = []
     for stream, gate in zip(streams, gates, strict=True):
-        x = layer.layernorm_after(stream.whole())[:, : stream.width]
+        x = stream.normed(layer.layernorm_after)
         update = _expand(mlp.activation_fn(_contract(x, mlp.fc1)), mlp.fc2, stream.width)
         done.append(stream.plus(update if gate is None else gate * update))
     return done
@@ -370,6 +397,7 @@ def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> No
 
     Raises:
         FileNotFoundError: there is no file at `path`.
+        ValueError: other tools have taken the names of modules from the file, by which routers are found.
         ImportError: without onnx and onnxruntime.
     """
     _require("onnx", "onnxruntime")
@@ -379,15 +407,20 @@ def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> No
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+    # The names of modules that the exporter leaves in the file; preparing loses them.
+    scopes = {node.name: str(node.metadata_props) for node in onnx.load(path, load_external_data=False).graph.node}
+    if not any("namespace" in scope for scope in scopes.values()):
+        raise ValueError(
+            f"The nodes of {os.fspath(path)!r} do not say which module they come from, so that routers cannot be told "
+            "from projections: quantise the file as export_onnx or write_onnx wrote it."
+        )
+    kept = {name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope}
     with _in_place_of(destination) as file, tempfile.TemporaryDirectory() as folder:
         # Folds the experts' parts of the weights into weights.
         prepared = Path(folder, "prepared.onnx")
         quant_pre_process(os.fspath(path), prepared, skip_symbolic_shape=True, skip_onnx_shape=True)
         model = onnx.load(prepared)
         del model.graph.value_info[:]  # shapes of Gemm's weights, which are about to be transposed
-        # By the names of modules that the exporter leaves in the file; preparing loses them.
-        scopes = {node.name: str(node.metadata_props) for node in onnx.load(path, load_external_data=False).graph.node}
-        kept = {name for name, scope in scopes.items() if ".routers." in scope or "classifier:" in scope}
         quantize_dynamic(
             model,
             file,

@@ -98,8 +98,9 @@ def widen(update: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody listens to this projection (hooks) or has put another in its place (adapters)."""
-    return type(module) in (NestedIn, NestedOut) and not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether nobody listens to this projection or norm (hooks) or has put another in its place (adapters)."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) in (NestedIn, NestedOut, nn.LayerNorm) and not hooked
 
 
 def is_traced() -> bool:

@@ -64,13 +64,13 @@ def files(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-def test_the_folder_classifies_as_the_source_does(tmp_path, dinov2, image, ordered):
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_folder_classifies_as_the_source_does(tmp_path, dinov2, image, calibrated):
     options = []
-    if ordered:
+    if calibrated:
         (tmp_path / "photos" / "deep").mkdir(parents=True)
         image.save(tmp_path / "photos" / "deep" / "one.PNG")
-        options = ["--order_channels", str(tmp_path / "photos")]
+        options = ["--calibrate", str(tmp_path / "photos")]
     convert.main([str(dinov2), str(tmp_path / "new" / "mone"), *options, "--config_overrides", "num_experts=3"])
     pixel_values = AutoImageProcessor.from_pretrained(dinov2)(image, return_tensors="pt").pixel_values
     folder = tmp_path / "new" / "mone"
@@ -78,7 +78,7 @@ def test_the_folder_classifies_as_the_source_does(tmp_path, dinov2, image, order
     assert isinstance(model, MoNEForImageClassification) and model.config.num_experts == 3
     source = Dinov2ForImageClassification.from_pretrained(dinov2)
     weight = source.dinov2.embeddings.patch_embeddings.projection.weight
-    assert torch.equal(model.mone.embeddings.patch_embeddings.projection.weight, weight) != ordered
+    assert torch.equal(model.mone.embeddings.patch_embeddings.projection.weight, weight) != calibrated
     with torch.no_grad():
         expected = source(pixel_values).logits
         torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
@@ -168,5 +168,5 @@ def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, 
 def test_images_that_are_not_there(tmp_path, dinov2):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty has no images"):
-        convert.main([str(dinov2), str(tmp_path / "m"), "--order_channels", str(tmp_path / "empty")])
+        convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(tmp_path / "empty")])
     assert not (tmp_path / "m").exists()

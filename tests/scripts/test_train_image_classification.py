@@ -139,6 +139,43 @@ def test_a_checkpoint_of_another_family(tmp_path, parquet):
     assert (model.config.pooling, model.classifier.in_features) == ("cls_mean", 64)
 
 
+def test_calibration(tmp_path, parquet):
+    """The same predictions at capacity 1.0, which a learning rate of 0 leaves, from other weights."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    names = {str(i): i for i in range(10)}
+    config = ViTConfig(**sizes, intermediate_size=64, label2id=names, id2label={i: name for name, i in names.items()})
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    losses, kernels = [], []
+    for calibrated in ("false", "true"):
+        out = str(tmp_path / calibrated)
+        metrics = script.main(
+            [
+                *(*parquet, "--model_name_or_path", str(tmp_path / "vit"), "--calibrate", calibrated),
+                *("--output_dir", out, "--do_train", "--do_eval", "--max_steps", "1", "--learning_rate", "0"),
+                *("--eval_capacities", "1.0", "0.3", "--cache_dir", str(tmp_path / "cache"), *QUIET),
+            ]
+        )
+        losses.append((metrics["eval_capacity_1_loss"], metrics["eval_capacity_0.3_loss"]))
+        kernels.append(
+            load_file(Path(out) / "model.safetensors")["mone.embeddings.patch_embeddings.projection.weight"]
+        )
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert losses[0][1] != pytest.approx(losses[1][1], abs=1e-5)
+    assert not np.allclose(*kernels, atol=1e-3)
+    trained = MoNEForImageClassification.from_pretrained(tmp_path / "true")
+    trained.mone.routers[0].alpha.data.fill_(0.1)
+    trained.save_pretrained(tmp_path / "trained")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "trained")
+    for options, message in (
+        (["--model_name_or_path", str(tmp_path / "trained")], "was trained as a MoNE"),
+        (["--config_overrides", TINY], "a new model has nothing to keep"),
+        (["--model_name_or_path", str(tmp_path / "vit"), "--streaming"], "which --streaming has not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main([*parquet, *options, "--calibrate", "--do_train", "--output_dir", str(tmp_path / "no")])
+
+
 def test_a_checkpoint_that_cannot_be_converted_is_refused_before_data_are_read(tmp_path):
     BeitConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'beit' model cannot become a MoNE"):

@@ -454,15 +454,16 @@ def test_compiled_layers_compute_the_same_at_every_capacity(tmp_path, monkeypatc
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kwargs: compile_module(self, backend="eager", **kwargs)
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 256)
     torch._dynamo.reset()
     options = {"capacity_schedule": "joint", "max_steps": 2, "logging_steps": 1}
     logs = []
     for compiled in (False, True):
         torch._dynamo.utils.counters.clear()
-        trainer = make_trainer(tmp_path, model=tiny_model(initializer_range=0.2), compile_layers=compiled, **options)
-        trainer.train()
+        with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=256):  # puts them back
+            trainer = make_trainer(
+                tmp_path, model=tiny_model(initializer_range=0.2), compile_layers=compiled, **options
+            )
+            trainer.train()
         logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (4 if compiled else 0)
     assert logs[0] == pytest.approx(logs[1], abs=1e-5)

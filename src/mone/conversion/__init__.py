@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Pretrained vision transformers -> MoNE, and image MoNE -> video MoNE."""
 
+from .calibration import calibrate, check_untrained, start_routers
 from .channel_order import order_channels
 from .image import load_image_model, load_image_model_and_processor, mone_from_vit
 from .processors import fit_image_processor, load_image_processor, make_video_processor, resize_and_crop
@@ -9,7 +10,9 @@ from .video import mone_vivit_from_mone
 
 
 __all__ = [
+    "calibrate",
     "check_source",
+    "check_untrained",
     "fit_image_processor",
     "load_image_model",
     "load_image_model_and_processor",
@@ -19,4 +22,5 @@ __all__ = [
     "mone_vivit_from_mone",
     "order_channels",
     "resize_and_crop",
+    "start_routers",
 ]
