@@ -117,9 +117,14 @@ class Router(nn.Module):
         # In this order, a zero is added to the clamped value and no bit of it is lost.
         return alpha.detach().clamp(0.0, ALPHA_MAX) + (alpha - alpha.detach())
 
-    @torch.no_grad()
     def project_alpha_(self) -> None:
         """Put alpha itself back into [0, 1). Call it after each optimiser step, so that it cannot drift away."""
         if self.router_type != "random":
-            # In half precision ALPHA_MAX would round to 1.
-            self.alpha.clamp_(0.0, min(ALPHA_MAX, 1.0 - torch.finfo(self.alpha.dtype).eps))
+            clamp_alpha_(self.alpha)
+
+
+@torch.no_grad()
+def clamp_alpha_(alpha: torch.Tensor) -> torch.Tensor:
+    """Put the values of `alpha`, or of a copy of it, back into [0, 1), in place."""
+    # In half precision ALPHA_MAX would round to 1.
+    return alpha.clamp_(0.0, min(ALPHA_MAX, 1.0 - torch.finfo(alpha.dtype).eps))

@@ -1,6 +1,6 @@
 """The image script on two CPU processes (gloo), as `accelerate launch` starts it with the project's configurations.
 
-DeepSpeed is not tested: its configurations are only read.
+The tests of DeepSpeed are left out where it is not installed.
 """
 
 import json
@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import psutil
@@ -19,9 +20,12 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
+from mone import MoNEForImageClassification
+
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "scripts" / "accelerate"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 BATCH = 16
 # A large epsilon, so that Adam does not blow up the last bits of a gradient that is zero.
 FIELDS = "hidden_size=32,num_hidden_layers=2,num_attention_heads=2,intermediate_size=64,image_size=16,patch_size=4"
@@ -63,11 +67,16 @@ def command(config: str | None, output: Path, *arguments: str) -> list[str]:
     return [*launch, *script, *SETTINGS, *batch, "--output_dir", str(output), *arguments]
 
 
-def run(config: str | None, output: Path, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(config, output, *arguments), capture_output=True, text=True, timeout=1200, env=environment
+def start(config: str | None, output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    if config is not None and config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    return subprocess.run(
+        command(config, output, *arguments), capture_output=True, text=True, timeout=1200, env=ENVIRONMENT
     )
+
+
+def run(config: str | None, output: Path, *arguments: str) -> str:
+    done = start(config, output, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
@@ -78,7 +87,7 @@ def kill_after_checkpoint(config: str | None, output: Path, step: int, delay: fl
         command(config, output, *arguments),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 1200
     while not (output / f"checkpoint-{step}").exists():
@@ -93,10 +102,12 @@ def kill_after_checkpoint(config: str | None, output: Path, step: int, delay: fl
     assert not (output / "model.safetensors").exists(), "killed too late to show anything"
 
 
+def logs(output: Path) -> list[dict]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
 def losses(output: Path) -> list[float]:
-    return [
-        log["loss"] for log in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in log
-    ]
+    return [log["loss"] for log in logs(output) if "loss" in log]
 
 
 def parameters(output: Path, rank: int = 0) -> dict:
@@ -138,13 +149,47 @@ def test_two_sharded_processes_equal_one(data, one_process, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
+def test_two_processes_of_deepspeed_equal_one(data, tmp_path, config):
+    """With a router's alpha that comes to both sides of zero, which DeepSpeed has copies of."""
+    options = [*data, "--max_steps", "12", "--save_strategy", "no", "--router_learning_rate", "0.3", "--seed", "6"]
+    options += ["--validation_file", data[1], "--do_eval", "--eval_capacities", "0.3", "1.0"]
+    run(config, tmp_path / "two", *options)
+    run(None, tmp_path / "one", *options)
+    check_equal(tmp_path / "two", tmp_path / "one", sharded=config == "deepspeed_zero3.yaml")
+    (ours, alphas), (theirs, expected) = (
+        (
+            json.loads((tmp_path / name / "eval_results.json").read_text()),
+            [log["router_alpha_0"] for log in logs(tmp_path / name) if "loss" in log],
+        )
+        for name in ("two", "one")
+    )
+    assert alphas == pytest.approx(expected, abs=1e-5)
+    assert 0 in expected[1:] and max(expected) > 0.1
+    for key in ("eval_capacity_0.3_loss", "eval_capacity_1_loss", "eval_accuracy"):
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
+    saved = MoNEForImageClassification.from_pretrained(tmp_path / "two").state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in parameters(tmp_path / "two")["parameters"].items())
+
+
+@pytest.mark.slow
+def test_zero3_fine_tunes_with_a_teacher(data, one_process, tmp_path):
+    """Both are loaded while transformers knows of ZeRO-3, and must not be sharded before DeepSpeed does it."""
+    options = [*data, "--max_steps", "4", "--save_strategy", "no", "--model_name_or_path", str(one_process)]
+    options += ["--distill_from", str(one_process)]
+    run("deepspeed_zero3.yaml", tmp_path / "two", *options)
+    run(None, tmp_path / "one", *options)
+    check_equal(tmp_path / "two", tmp_path / "one", sharded=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml", "deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
 def test_several_widths_and_micro_batches_on_two_processes_equal_one(data, tmp_path, config):
     options = [*data, "--max_steps", "4", "--save_strategy", "no", "--gradient_accumulation_steps", "2"]
     options += ["--capacity_schedule", "joint", "--distill_from", "self"]
-    run(None, tmp_path / "one", *options)
     run(config, tmp_path / "two", *options)
-    check_equal(tmp_path / "two", tmp_path / "one", sharded=config == "fsdp2.yaml")
+    run(None, tmp_path / "one", *options)
+    check_equal(tmp_path / "two", tmp_path / "one", sharded=config in ("fsdp2.yaml", "deepspeed_zero3.yaml"))
 
 
 @pytest.mark.slow
@@ -164,6 +209,41 @@ def test_a_killed_run_goes_on_with_the_same_result(data, tmp_path, config):
     assert "Going on from the checkpoint" in run(None, tmp_path / "on_one", *options)
     assert losses(tmp_path / "on_one") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     assert largest_difference(tmp_path / "on_one", tmp_path / "whole") < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
+def test_a_killed_run_of_deepspeed_goes_on_with_the_same_result(data, tmp_path, config):
+    """With as many processes only; on one it is refused, as it would lose the optimiser's state."""
+    options = [*data, "--max_steps", "30", "--save_steps", "5"]
+    run(config, tmp_path / "whole", *options)
+    step, delay = random.choice(range(5, 20, 5)), random.uniform(0, 0.3)
+    print(f"killed {delay:.3f} s after the folder of checkpoint {step}")
+    kill_after_checkpoint(config, tmp_path / "killed", step, delay, *options)
+    on_one = start(None, tmp_path / "killed", *options)
+    assert on_one.returncode and "was written under DeepSpeed" in on_one.stderr, on_one.stderr[-3000:]
+    assert "Going on from the checkpoint" in run(config, tmp_path / "killed", *options)
+    assert largest_difference(tmp_path / "killed", tmp_path / "whole") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [1, 4])
+def test_two_processes_share_a_stream(data, tmp_path, files):
+    """An epoch of it: each example is read once, by one of them. Of a single file each takes its rows."""
+    examples = Dataset.from_parquet(data[1], cache_dir=str(tmp_path / "cache"))
+    for number in range(files):
+        examples.shard(files, number).to_parquet(str(tmp_path / f"train-{number}.parquet"))
+    options = ["--train_file", str(tmp_path / "train-*.parquet"), "--validation_split", "0", "--streaming"]
+    output = tmp_path / "out"
+    run("ddp.yaml", output, *options, "--num_train_epochs", "1", "--save_strategy", "no")
+    first, second = (parameters(output, rank)["read"] for rank in range(2))
+    encoded = (row["bytes"] for row in examples.cast_column("image", Image(decode=False))["image"])
+    assert len(first) == len(second) == 64 and sorted(first + second) == sorted(map(zlib.crc32, encoded))
+    assert len(losses(output)) == 8
+    saved = MoNEForImageClassification.from_pretrained(output).state_dict()
+    for rank in range(2):
+        own = parameters(output, rank)["parameters"]
+        assert all(torch.equal(own[name], value) for name, value in saved.items())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .schedules import CAPACITY_SCHEDULES
 
@@ -138,3 +139,9 @@ class MoNETrainingArguments(TrainingArguments):
             # Every parameter has a part in every loss, at every capacity: there is nothing to search for.
             self.ddp_find_unused_parameters = False
         super().__post_init__()
+        if self.deepspeed_plugin is not None and self.deepspeed is None:
+            # Of accelerate's configuration; transformers wants to be told of it once more, by --bf16.
+            self.bf16, self.fp16 = self.mixed_precision == "bf16", self.mixed_precision == "fp16"
+        if self.deepspeed_plugin is not None and not self.deepspeed_plugin.zero3_init_flag:
+            # transformers leaves the flag alone and shards what from_pretrained loads, before it can be converted.
+            unset_hf_deepspeed_config()

@@ -111,6 +111,20 @@ def crosses_fsdp(checkpoint: str | os.PathLike, is_fsdp_enabled: bool) -> bool:
     return Path(checkpoint, OPTIMIZER_NAME if is_fsdp_enabled else OPTIMIZER_NAME_BIN).is_file()
 
 
+def check_not_deepspeed(checkpoint: str | os.PathLike) -> None:
+    """For a run without DeepSpeed, which would find weights in such a checkpoint, but no optimiser state.
+
+    Raises:
+        ValueError: the checkpoint is DeepSpeed's.
+    """
+    if any(Path(checkpoint).glob("global_step*")):
+        raise ValueError(
+            f"The checkpoint {checkpoint} was written under DeepSpeed: only a run with the same configuration and "
+            "number of processes can go on from it. With --model_name_or_path and another --output_dir, a new run "
+            "starts from its weights."
+        )
+
+
 def load_model(checkpoint: str | os.PathLike, model: nn.Module) -> None:
     """Load the weights, which every checkpoint with full state dicts has as safetensors, with FSDP2 or without."""
     state = safetensors.torch.load_file(Path(checkpoint, SAFE_WEIGHTS_NAME))

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import Trainer, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
@@ -30,6 +31,7 @@ from ..routing import Router
 from .distillation import Teacher, distillation_loss
 from .resumption import (
     Interruption,
+    check_not_deepspeed,
     crosses_fsdp,
     describe_last_checkpoint,
     load_model,
@@ -38,6 +40,7 @@ from .resumption import (
 )
 from .schedules import PAPER_GRID, CapacitySchedule, capacity_range, is_dense, steps_for_budget
 from .statistics import StepStatistics
+from .zero import local_shard, project_zero_alpha_
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class MoNECallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.project_alpha_()
+        project_zero_alpha_(model)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         # Of a checkpoint Trainer pushes weights and config, but not the code that the config names.
@@ -126,7 +130,11 @@ class MoNETrainer(Trainer):
                     f"problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
             if self.args.distill_from != "self":
+                if self.is_deepspeed_enabled:
+                    unset_hf_deepspeed_config()  # by which ZeRO-3 would shard a model that it does not run
                 self.teacher = Teacher(self.args.distill_from, config, self.processing_class).to(self.args.device)
+                if self.is_deepspeed_enabled:
+                    self.accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
         if self.args.compile_layers:
             # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
             # code that recompiles by mistake. Behind them layers would run uncompiled.
@@ -442,8 +450,9 @@ class MoNETrainer(Trainer):
             self._check_finite()
             logs |= self._statistics.read(self.accelerator)
             for number, router in enumerate(m for m in self.model.modules() if isinstance(m, Router)):
-                if router.router_type != "random" and router.alpha.numel():  # ZeRO-3 keeps it elsewhere
-                    alpha = router.alpha.detach()
+                if router.router_type != "random":
+                    # Of ZeRO-3's shards this process, if it is the one that logs, has the first.
+                    alpha = getattr(router.alpha, "ds_tensor", router.alpha).detach()
                     logs[f"router_alpha_{number}"] = getattr(alpha, "full_tensor", lambda a=alpha: a)().item()
             logs["macs"] = self.state.total_flos / 2
         elif "train_loss" in logs:
@@ -454,8 +463,7 @@ class MoNETrainer(Trainer):
         """Raise FloatingPointError, on all processes, if a loss since the start was not finite or a weight is not."""
         found = self._statistics.first_bad_step.view(1)
         if weights:
-            local = (getattr(p, "to_local", lambda p=p: p)() for p in self.model.parameters())
-            finite = torch.stack([p.detach().isfinite().all() for p in local]).all().view(1)
+            finite = torch.stack([local_shard(p).isfinite().all() for p in self.model.parameters()]).all().view(1)
             found = torch.cat([found, (~finite).to(found)])
         found = self.accelerator.gather(found).view(self.accelerator.num_processes, -1).cpu()
         steps = found[:, 0][found[:, 0] >= 0]
@@ -483,6 +491,8 @@ class MoNETrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.is_deepspeed_enabled:
+            check_not_deepspeed(resume_from_checkpoint)
         if not crosses_fsdp(resume_from_checkpoint, self.is_fsdp_enabled):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_model(resume_from_checkpoint, self.model if model is None else model)
