@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..capacity import relative_widths
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
-from .channel_order import order_channels
+from .channel_order import order_channels, run_dense
 
 
 # Of the mean variance of the regression's inputs.
@@ -76,13 +76,7 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
             hooks += [
                 norm.register_forward_hook(add(number)) for norm in (layer.layernorm_before, layer.layernorm_after)
             ]
-    training = model.training
-    try:
-        model.eval()(pixel_values.to(model.device), capacity=1.0)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    run_dense(model, pixel_values, hooks)
     for router, index, score in zip(base.routers, routed, missing, strict=True):
         weight, bias = predict(seen[base.layers[index]], (score - score.mean()) / score.std().clamp_min(1e-12))
         steps = LOGIT_STEP * torch.arange(config.num_experts, device=weight.device)

@@ -10,6 +10,8 @@ RMS norms to delete channels; here the rotation may not touch the mean, and noth
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from ..modeling_mone import MoNEForImageClassification, MoNELayer, MoNEModel, PositionedTokens
 from ..nested_linear import NestedIn, NestedOut
@@ -136,6 +138,12 @@ def read_moments(model: MoNEForImageClassification | MoNEModel, pixel_values: to
         moments.add_(tokens.T @ tokens / len(tokens))
 
     hooks = [norm.register_forward_pre_hook(record) for norm in norms]
+    run_dense(model, pixel_values, hooks)
+    return moments
+
+
+def run_dense(model: PreTrainedModel, pixel_values: torch.Tensor, hooks: list[RemovableHandle]) -> None:
+    """Run the model at capacity 1.0, for what the hooks see, and remove these."""
     training = model.training
     try:
         model.eval()(pixel_values.to(model.device), capacity=1.0)
@@ -143,7 +151,6 @@ def read_moments(model: MoNEForImageClassification | MoNEModel, pixel_values: to
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return moments
 
 
 def principal_rotation(moments: torch.Tensor) -> torch.Tensor:
