@@ -62,7 +62,7 @@ def test_minimal_card_says_nothing_that_the_results_do_not():
     assert "Chance" not in text and "Measured" not in text and "minutes" not in text
     numbers = set(re.findall(r"\d[\d.,]*\d|\d", text.split("## Accuracy and compute")[1].split("Accuracy on")[0]))
     ratios = {"6.00", "4.00", "1.50", "1.00"}  # against the dense model
-    assert numbers == {"0.25", "0.1", "0.2", "0.3", "0.4", "1", "0.5", "0.8", "2.0", "3.0"} | ratios | {
+    assert numbers == {"0.25", "0.1", "0.2", "0.3", "0.4", "1", "0.50", "0.75", "2.00", "3.00"} | ratios | {
         *("81.2", "87.5", "90.0", "93.0"),
     }
 
@@ -91,8 +91,8 @@ def test_table_of_one_model_compares_with_its_full_capacity():
     results = {**RESULTS, "rows": RESULTS["rows"][:3]}
     text = make_model_card("tiny", results).text
     assert "| capacity | GMACs | less compute | accuracy |" in text
-    assert "| 0.25 | 0.5 | 4.00x | 81.2% |" in text
-    assert "| 0.1/0.2/0.3/0.4 | 0.8 | 2.67x | 87.5% |" in text
+    assert "| 0.25 | 0.50 | 4.00x | 81.2% |" in text
+    assert "| 0.1/0.2/0.3/0.4 | 0.75 | 2.67x | 87.5% |" in text
     without = {**RESULTS, "rows": RESULTS["rows"][:1]}
     assert "| 0.25 | 500.0 |  | 81.2% |" in make_model_card("tiny", without).text, "nothing to compare with"
 

@@ -232,7 +232,7 @@ def _use(results: dict) -> list[str]:
 def _table(rows: Sequence[dict]) -> str:
     """Markdown. Less compute is against a dense model where there is one, else against the same model at 1.0."""
     several = len({row["model"] for row in rows}) > 1
-    unit, scale = ("GMACs", 1) if max(row["gmacs"] for row in rows) >= 1 else ("MMACs", 1000)
+    unit, scale, digits = ("GMACs", 1, 2) if max(row["gmacs"] for row in rows) >= 1 else ("MMACs", 1000, 1)
     head = [*(["model"] if several else []), "capacity", unit, "less compute", "accuracy"]
     lines = [head, ["---"] * len(head)]
     dense = next((row for row in rows if row["capacity"] is None), None)
@@ -242,7 +242,7 @@ def _table(rows: Sequence[dict]) -> str:
             [
                 *([row["model"]] if several else []),
                 _capacity(row["capacity"]),
-                f"{row['gmacs'] * scale:.1f}",
+                f"{row['gmacs'] * scale:.{digits}f}",
                 "" if full is None else f"{full['gmacs'] / row['gmacs']:.2f}x",
                 f"{row['accuracy']:.1%}",
             ]
