@@ -29,7 +29,7 @@ if __name__ == "evaluate":
 else:
     import train_image_classification
     import train_video_classification
-    from train_image_classification import ImageArguments
+    from train_image_classification import ImageArguments, ImageModelArguments
     from train_video_classification import VideoArguments, VideoModelArguments
     from transformers import AutoConfig
 
@@ -38,6 +38,10 @@ else:
     from mone.training import measure_accuracy
     from mone.training.command_line import parse_arguments
     from mone.visualization import plot_accuracy_against_compute
+
+    @dataclass
+    class EvaluationModelArguments(VideoModelArguments, ImageModelArguments):
+        """Of both, so that recipes can be given."""
 
     @dataclass
     class EvaluationArguments(VideoArguments, ImageArguments):
@@ -53,10 +57,11 @@ else:
 def main(argv: list[str] | None = None) -> dict:
     """Evaluate as `argv` (default: the command line) says; what results.json holds."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, args = parse_arguments(argv, VideoModelArguments, EvaluationArguments)
+    model_args, data_args, args = parse_arguments(argv, EvaluationModelArguments, EvaluationArguments)
     if not model_args.model_name_or_path:
         raise ValueError("Give --model_name_or_path.")
     model_args.init_from = data_args.train_dir = None  # of a recipe
+    model_args.calibrate = False
     data_args.train_file, args.do_train, args.do_eval = [], False, True
     is_video = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub).model_type == "mone_vivit"
     task = train_video_classification if is_video else train_image_classification

@@ -85,7 +85,7 @@ def test_shell_blocks(demo_folder, monkeypatch, tmp_path):
     for path, *arguments in commands:
         if path == "scripts/convert.py":
             convert.main(arguments)
-            assert (demo_folder / arguments[-1] / "model.safetensors").exists()
+            assert (demo_folder / arguments[1] / "model.safetensors").exists()
             continue
         if path not in trainings:
             make_motion_clips.main([*arguments, *CLIPS])  # in the folder where the fixture made as many
