@@ -206,12 +206,8 @@ def measure(
                     module.compile(dynamic=False)
         for capacity in capacities:
             variants["mone", mode, capacity] = lambda m=models[mode], c=capacity: run(m, capacity=c)
-    schedules = {}
-    if train:
-        schedules["uniform"], schedules["joint"] = (
-            PAPER_GRID,
-            CapacitySchedule("joint", num_experts=config.num_experts)(0),
-        )
+    joint = CapacitySchedule("joint", num_experts=config.num_experts)(0)
+    schedules = {"uniform": PAPER_GRID, "joint": joint} if train else {}
     for schedule, steps in schedules.items():
         variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]
     if "timm" in baselines:
@@ -241,9 +237,8 @@ def measure(
     rows = []
     for (name, mode, capacity), times in seconds.items():
         calls = len(PAPER_GRID) if mode == "uniform" else 1
-        macs = (
-            sum(count_macs(config, c) for c in schedules[mode]) / calls / 1e9 if mode in schedules else gmacs[capacity]
-        )
+        steps = schedules.get(mode)
+        macs = gmacs[capacity] if steps is None else sum(count_macs(config, c) for c in steps) / calls / 1e9
         median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
         row = {
             "model": name,

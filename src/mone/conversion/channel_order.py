@@ -77,7 +77,7 @@ def rotate_channels(model: MoNEForImageClassification | MoNEModel, rotation: tor
             attention = module.attention
             fold_norm(module.layernorm_before, [attention.q_proj, attention.k_proj, attention.v_proj])
             fold_norm(module.layernorm_after, [module.mlp.fc1])
-            model.config.qkv_bias = True
+    model.config.qkv_bias = True  # which takes up the shifts
     base = model.base_model
     has_classifier = isinstance(getattr(model, "classifier", None), nn.Linear)
     if isinstance(base.layernorm, nn.LayerNorm):
