@@ -170,6 +170,26 @@ def test_routers_have_their_own_learning_rate_and_alpha_no_decay(tmp_path):
     assert where[model.mone.layernorm.weight]["weight_decay"] == 0.0
 
 
+def test_layers_far_from_the_classifier_move_less(tmp_path):
+    """Adam's first step moves each weight by its learning rate, whatever its gradient."""
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    options = {"learning_rate": 1e-3, "layer_decay": 0.5, "adam_epsilon": 1e-20, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(tmp_path, model, rows(4), max_steps=1, weight_decay=0.0, max_grad_norm=0.0, **options)
+    trainer.train()
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert moved["classifier.weight"] == pytest.approx(1e-3, rel=1e-3)
+    assert moved["mone.layers.1.mlp.fc2.weight"] == pytest.approx(5e-4, rel=1e-3)
+    assert moved["mone.layers.0.mlp.fc2.weight"] == pytest.approx(2.5e-4, rel=1e-3)
+    assert moved["mone.embeddings.patch_embeddings.projection.weight"] == pytest.approx(1.25e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5, float("nan")])
+def test_a_layer_decay_out_of_range_is_refused(tmp_path, decay):
+    with pytest.raises(ValueError, match=re.escape(f"layer_decay={decay} must be in (0, 1].")):
+        MoNETrainingArguments(output_dir=str(tmp_path), layer_decay=decay)
+
+
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
 def test_gradient_accumulation_equals_the_full_batch(tmp_path, problem_type):
     """Also with a last micro-batch that is smaller, where a mean of means would be wrong."""

@@ -76,6 +76,13 @@ class MoNETrainingArguments(TrainingArguments):
             "Default: --learning_rate."
         },
     )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "What the learning rate is multiplied by from each layer to the one before, in (0, 1], from the "
+            "classifier to the embeddings, but for the routers. For pretrained weights 0.65 to 0.75 is usual."
+        },
+    )
     compile_layers: bool = field(
         default=False,
         metadata={
@@ -120,6 +127,8 @@ class MoNETrainingArguments(TrainingArguments):
                 f"capacity_range={self.capacity_range} must be two capacities, without capacity_grid, "
                 f"got capacity_grid={self.capacity_grid}."
             )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1].")
         if not self.anneal_steps >= 0:
             raise ValueError(f"anneal_steps={self.anneal_steps} must be 0 or more.")
         if not 0 <= self.distillation_weight <= 1:

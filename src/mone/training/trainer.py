@@ -29,6 +29,7 @@ from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
 from .distillation import Teacher, distillation_loss
+from .learning_rates import set_learning_rates
 from .resumption import (
     Interruption,
     check_not_deepspeed,
@@ -81,7 +82,8 @@ class MoNETrainer(Trainer):
     Each training step runs at the capacities of `args.capacity_schedule`, each evaluation at `args.eval_capacities`.
     Where a step has several capacities (`joint`, or distillation from the dense model), the loss is the sum over
     them on the same batch; each is propagated back before the next, so that memory does not grow with their number.
-    The routers may have their own learning rate, and alpha has no weight decay.
+    The routers may have their own learning rate, layers one that decays with their distance from the classifier, and
+    alpha has no weight decay.
 
     Logged beside Trainer's own are, as means since the last log, the capacity, the routers' entropy (nats), the share
     of tokens of each expert (`router_load_0` is the smallest), images per second and the share of time spent waiting
@@ -430,17 +432,12 @@ class MoNETrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]
 
     def create_optimizer(self, model=None):
-        """As Trainer's; the routers go into groups of their own where `args.router_learning_rate` is given."""
+        """As Trainer's, with the learning rates of `args.router_learning_rate` and `args.layer_decay`."""
         created_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if created_here and self.args.router_learning_rate is not None:
-            modules = (self.model if model is None else model).modules()
-            routers = {p for module in modules if isinstance(module, Router) for p in module.parameters()}
-            for group in list(optimizer.param_groups):
-                moved = [p for p in group["params"] if p in routers]
-                if moved:
-                    group["params"] = [p for p in group["params"] if p not in routers]
-                    optimizer.add_param_group({**group, "params": moved, "lr": self.args.router_learning_rate})
+        if created_here:
+            model = self.model if model is None else model
+            set_learning_rates(optimizer, model, self.args.router_learning_rate, self.args.layer_decay)
         return optimizer
 
     # --- logs and checkpoints ----------------------------------------------------------------------------------------
