@@ -156,7 +156,8 @@ def test_alpha_is_projected_after_every_step(tmp_path):
 
 
 def test_routers_have_their_own_learning_rate_and_alpha_no_decay(tmp_path):
-    trainer = make_trainer(tmp_path, learning_rate=1e-3, router_learning_rate=1e-2, weight_decay=0.1)
+    rates = {"learning_rate": 1e-3, "router_learning_rate": 1e-2}
+    trainer = make_trainer(tmp_path, **rates, weight_decay=0.1, capacity_schedule="uniform")
     optimizer = trainer.create_optimizer()
     where = {p: group for group in optimizer.param_groups for p in group["params"]}
     model = trainer.model
@@ -168,6 +169,16 @@ def test_routers_have_their_own_learning_rate_and_alpha_no_decay(tmp_path):
     assert where[router.proj.weight]["weight_decay"] == 0.1
     assert where[model.classifier.weight]["weight_decay"] == 0.1
     assert where[model.mone.layernorm.weight]["weight_decay"] == 0.0
+
+
+def test_training_the_dense_model_leaves_its_routers_alone(tmp_path):
+    model = tiny_model()
+    before = copy.deepcopy(model.mone.routers.state_dict())
+    classifier = model.classifier.weight.detach().clone()
+    make_trainer(tmp_path, model, rows(8), max_steps=2, learning_rate=1e-2, router_learning_rate=1e-1).train()
+    assert not torch.equal(model.classifier.weight, classifier)
+    for name, value in model.mone.routers.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
 def test_layers_far_from_the_classifier_move_less(tmp_path):

@@ -82,8 +82,8 @@ class MoNETrainer(Trainer):
     Each training step runs at the capacities of `args.capacity_schedule`, each evaluation at `args.eval_capacities`.
     Where a step has several capacities (`joint`, or distillation from the dense model), the loss is the sum over
     them on the same batch; each is propagated back before the next, so that memory does not grow with their number.
-    The routers may have their own learning rate, layers one that decays with their distance from the classifier, and
-    alpha has no weight decay.
+    The routers may have their own learning rate and stay as they are while the dense model is trained, layers may have
+    one that decays with their distance from the classifier, and alpha has no weight decay.
 
     Logged beside Trainer's own are, as means since the last log, the capacity, the routers' entropy (nats), the share
     of tokens of each expert (`router_load_0` is the smallest), images per second and the share of time spent waiting
@@ -432,12 +432,19 @@ class MoNETrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]
 
     def create_optimizer(self, model=None):
-        """As Trainer's, with the learning rates of `args.router_learning_rate` and `args.layer_decay`."""
+        """As Trainer's, with the learning rates of `args.router_learning_rate` and `args.layer_decay`.
+
+        Training of the dense model leaves the routers alone, which it cannot teach which tokens to prefer, so that
+        `mone.conversion.calibrate` can start them afterwards.
+        """
         created_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created_here:
             model = self.model if model is None else model
-            set_learning_rates(optimizer, model, self.args.router_learning_rate, self.args.layer_decay)
+            dense = self.args.capacity_schedule == "fixed" and is_dense(self.capacity)
+            idle = dense and self.model.config.router_type == "learned"
+            router_learning_rate = 0.0 if idle else self.args.router_learning_rate
+            set_learning_rates(optimizer, model, router_learning_rate, self.args.layer_decay)
         return optimizer
 
     # --- logs and checkpoints ----------------------------------------------------------------------------------------
