@@ -128,5 +128,6 @@ def test_models_that_cannot_be_calibrated():
     video = MoNEViViTForVideoClassification(
         MoNEViViTConfig(**SIZES, num_hidden_layers=1, tubelet_size=(2, 8, 8), num_frames=4, num_temporal_layers=1)
     )
-    with pytest.raises(TypeError, match="calibrate one, and make the video model of that"):
-        start_routers(video, make_pixels())
+    for fit in (calibrate, start_routers):
+        with pytest.raises(TypeError, match="calibrate one, and make the video model of that"):
+            fit(video, make_pixels())

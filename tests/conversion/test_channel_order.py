@@ -115,7 +115,7 @@ def test_models_whose_channels_cannot_be_mixed():
     video = MoNEViViTForVideoClassification(
         MoNEViViTConfig(**sizes, image_size=32, tubelet_size=(2, 8, 8), num_frames=4, num_temporal_layers=1)
     )
-    with pytest.raises(ValueError, match="MoNEViViTForVideoClassification has two residual streams"):
+    with pytest.raises(TypeError, match="MoNEViViTForVideoClassification is no image model"):
         order_channels(video, make_pixels())
     with pytest.raises(ValueError, match="embedding_norm=True"):
         order_channels(mone_from_vit(make_vit("clip")), make_pixels())

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from ..capacity import relative_widths
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
-from .channel_order import order_channels, run_dense
+from .channel_order import check_image_model, order_channels, run_dense
 
 
 # Of the mean variance of the regression's inputs.
@@ -28,9 +28,11 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
         pixel_values: (B, C, height, width), some dozens of inputs as the model takes them.
 
     Raises:
-        ValueError: a model that has a norm in its embeddings (CLIP), is no image model, or was trained as a MoNE: what
-            its small experts and routers have learned would be lost.
+        TypeError: a model that is no image model.
+        ValueError: a model that has a norm in its embeddings (CLIP), or was trained as a MoNE: what its small experts
+            and routers have learned would be lost.
     """
+    check_image_model(model)
     check_untrained(model)
     order_channels(model, pixel_values)
     start_routers(model, pixel_values)
@@ -50,9 +52,8 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
         TypeError: a model that is no image model.
         ValueError: a model that was trained as a MoNE.
     """
+    check_image_model(model)
     check_untrained(model)
-    if not isinstance(model, (MoNEForImageClassification, MoNEModel)):
-        raise TypeError(f"{type(model).__name__} is no image model: calibrate one, and make the video model of that.")
     base, config = model.base_model, model.config
     if config.router_type != "learned":
         return

@@ -33,7 +33,7 @@ def order_channels(model: MoNEForImageClassification | MoNEModel, pixel_values: 
         (D, D) the rotation, float64.
 
     Raises:
-        ValueError: as [`rotate_channels`].
+        TypeError, ValueError: as [`rotate_channels`].
     """
     check_rotatable(model)
     rotation = principal_rotation(read_moments(model, pixel_values))
@@ -53,7 +53,8 @@ def rotate_channels(model: MoNEForImageClassification | MoNEModel, rotation: tor
         rotation: (D, D), orthogonal, with rows that sum to 1. A permutation is one.
 
     Raises:
-        ValueError: for another matrix, or a model that has a norm in its embeddings (CLIP) or is no image model.
+        TypeError: a model that is no image model.
+        ValueError: another matrix, or a model that has a norm in its embeddings (CLIP).
     """
     check_rotatable(model)
     width = model.config.hidden_size
@@ -98,13 +99,15 @@ def rotate_channels(model: MoNEForImageClassification | MoNEModel, rotation: tor
         write(model.classifier.weight, 1)
 
 
-def check_rotatable(model: nn.Module) -> None:
-    """Raise ValueError for a model whose residual stream cannot be rotated."""
+def check_image_model(model: nn.Module) -> None:
+    """Raise TypeError for any other: what is fitted to images is an image model, and a video model made of that."""
     if not isinstance(model, (MoNEForImageClassification, MoNEModel)):
-        raise ValueError(
-            f"{type(model).__name__} has two residual streams; the channels of an image model can be ordered, and a "
-            "video model made of that."
-        )
+        raise TypeError(f"{type(model).__name__} is no image model: calibrate one, and make the video model of that.")
+
+
+def check_rotatable(model: nn.Module) -> None:
+    """Raise TypeError or ValueError for a model whose residual stream cannot be rotated."""
+    check_image_model(model)
     if model.config.embedding_norm:
         raise ValueError(
             "embedding_norm=True: scale and shift of the norm in the embeddings, as CLIP has one, belong to single "
