@@ -10,7 +10,7 @@ from vits import make_vit, randomise
 
 from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig, MoNEViViTForVideoClassification
 from mone.conversion import mone_from_vit, mone_vivit_from_mone, order_channels
-from mone.conversion.channel_order import helmert, principal_rotation, rotate_channels
+from mone.conversion.channel_order import helmert, principal_rotation, read_moments, rotate_channels
 
 
 WIDTH = 32
@@ -153,6 +153,33 @@ def test_the_first_channels_hold_the_principal_components(kept):
     singular = torch.linalg.svdvals(x)
     assert rotated[:, kept:].square().sum() <= singular[kept - 1 :].square().sum() * (1 + 1e-9)
     assert rotated[:, kept:].square().sum() >= singular[kept:].square().sum()
+
+
+@pytest.mark.parametrize("name", ["mean", "class token", "dinov2 without a head"])
+def test_the_moments_of_what_layers_read_and_of_the_gradients(name):
+    """Against gradients of a summand, one norm and one image at a time."""
+    model, pixel_values, expected = MODELS[name]().eval(), make_pixels(9), [0.0, 0.0]
+    prefix = model.config.num_prefix_tokens
+    for norm in [
+        norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)
+    ]:
+        for image in pixel_values:
+            summand, seen = torch.zeros(prefix + 16, 1, WIDTH, requires_grad=True), []
+
+            def add(norm, args, output, summand=summand, seen=seen):
+                plain = nn.functional.layer_norm(args[0], (WIDTH,), eps=norm.eps)
+                seen.append(plain[prefix:, 0].detach().double())
+                return (plain + summand) * norm.weight + norm.bias
+
+            hook = norm.register_forward_hook(add)
+            outputs = model(image[None])
+            hook.remove()
+            value = outputs.logits.max() if "logits" in outputs else outputs.pooler_output.square().sum() / 2
+            (gradient,) = torch.autograd.grad(value, summand)
+            for number, x in enumerate((seen[0], gradient[prefix:, 0].double())):
+                expected[number] = expected[number] + x.T @ x
+    inputs, gradients = (moment / moment.trace() for moment in expected)
+    torch.testing.assert_close(read_moments(model, pixel_values), inputs + 0.3 * gradients, atol=1e-6, rtol=1e-4)
 
 
 def test_small_experts_lose_less():

@@ -6,14 +6,15 @@ from transformers import PreTrainedModel
 
 from ..capacity import relative_widths
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
-from .channel_order import check_image_model, order_channels, run_dense
+from .channel_order import check_image_model, order_channels
+from .sensitivity import read_layers
 
 
 # Of the mean variance of the regression's inputs.
 RIDGE = 1e-3
 # Training at capacity 1.0 leaves an alpha that is hardly above 0 and does nothing.
 ALPHA_OF_DENSE = 1e-3
-# Of the logits between neighbouring experts, for a token one standard deviation more in need of channels.
+# Of the logits between neighbouring experts, for a token whose predicted score is one standard deviation higher.
 LOGIT_STEP = 0.5
 # Standard deviations above the mean. Below, every expert but the smallest prefers the token with the higher score.
 LOGIT_ZERO = 2.0
@@ -23,6 +24,8 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
     """Order the channels ([`order_channels`]) and start the routers ([`start_routers`]), in place.
 
     At capacity 1.0 the model stays the same, at smaller ones it stays closer to that before any training.
+
+    It costs about as much as two training steps on the inputs.
 
     Args:
         pixel_values: (B, C, height, width), some dozens of inputs as the model takes them.
@@ -40,10 +43,11 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
 
 @torch.no_grad()
 def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> None:
-    """Let the learned routers prefer tokens for which small experts lack most, in place.
+    """Let the learned routers prefer the tokens that the prediction needs most from large experts, in place.
 
-    A token's score is what its layers, up to the next router, read in the channels that experts lack, as the dense
-    model has it, summed over the experts. The router predicts it by ridge regression on the tokens that it sees.
+    A token's score is how much, to first order, the dense model's prediction changes when one of the token's layers,
+    up to the next router, does not read the channels that an expert lacks, summed over layers and experts. The router
+    predicts how it differs between the tokens of an image, by ridge regression on the tokens that it sees.
 
     Args:
         pixel_values: (B, C, height, width).
@@ -57,33 +61,24 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
     base, config = model.base_model, model.config
     if config.router_type != "learned":
         return
-    routed, ends = config.router_layers, (*config.router_layers[1:], config.num_hidden_layers)
+    starts, ends = config.router_layers, (*config.router_layers[1:], config.num_hidden_layers)
     widths = [int(config.hidden_size * width) for width in relative_widths(config.num_experts)[:-1]]
-    seen, missing = {}, [torch.zeros(()) for _ in routed]
-
-    def see(layer, args):
-        seen[layer] = args[0][config.num_prefix_tokens :].double().flatten(0, 1)  # (N * B, D)
-
-    def add(number):
-        def read(norm, args, output):
-            normed = output[config.num_prefix_tokens :].double().square().flatten(0, 1)
-            missing[number] = missing[number] + sum(normed[:, width:].sum(dim=1) for width in widths)
-
-        return read
-
-    hooks = [base.layers[index].register_forward_pre_hook(see) for index in routed]
-    for number, (start, end) in enumerate(zip(routed, ends, strict=True)):
-        for layer in base.layers[start:end]:
-            hooks += [
-                norm.register_forward_hook(add(number)) for norm in (layer.layernorm_before, layer.layernorm_after)
-            ]
-    run_dense(model, pixel_values, hooks)
-    for router, index, score in zip(base.routers, routed, missing, strict=True):
-        weight, bias = predict(seen[base.layers[index]], (score - score.mean()) / score.std().clamp_min(1e-12))
-        steps = LOGIT_STEP * torch.arange(config.num_experts, device=weight.device)
+    seen, scores = [[] for _ in starts], [[] for _ in starts]
+    for readings in read_layers(model, pixel_values):
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            seen[number].append(readings[2 * start].tokens.double())
+            effects = [r.gradient.double() * r.normed.double() for r in readings[2 * start : 2 * end]]
+            scores[number].append(sum(e[..., width:].sum(dim=-1).abs() for e in effects for width in widths))
+    steps = LOGIT_STEP * torch.arange(config.num_experts, device=base.device)
+    for router, x, score in zip(base.routers, seen, scores, strict=True):
+        x, score = torch.cat(x, dim=1), torch.cat(score, dim=1)  # (N, B, D), (N, B)
+        # An image's tokens compete among themselves only.
+        differences = (x - x.mean(dim=0)).flatten(0, 1)
+        weight = predict(differences, (score - score.mean(dim=0)).flatten())
+        weight /= (differences @ weight).std().clamp_min(1e-12)
         router.alpha.zero_()
         router.proj.weight.copy_(steps.unsqueeze(1) * weight)
-        router.proj.bias.copy_(steps * (bias - LOGIT_ZERO))
+        router.proj.bias.copy_(-steps * (x.flatten(0, 1).mean(dim=0) @ weight + LOGIT_ZERO))
 
 
 def check_untrained(model: PreTrainedModel) -> None:
@@ -96,10 +91,8 @@ def check_untrained(model: PreTrainedModel) -> None:
         )
 
 
-def predict(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, D), (R,) -> weight (D,) and bias () of a ridge regression."""
-    mean = x.mean(dim=0)
-    moments = (x - mean).T @ (x - mean) / len(x)
+def predict(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(R, D), (R,), both with mean 0 -> weight (D,) of a ridge regression."""
+    moments = x.T @ x / len(x)
     moments.diagonal().add_(RIDGE * moments.diagonal().mean() + 1e-12)
-    weight = torch.linalg.solve(moments, (x - mean).T @ (y - y.mean()) / len(x))
-    return weight, y.mean() - weight @ mean
+    return torch.linalg.solve(moments, x.T @ y / len(x))

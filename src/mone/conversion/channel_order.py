@@ -10,12 +10,15 @@ RMS norms to delete channels; here the rotation may not touch the mean, and noth
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from ..modeling_mone import MoNEForImageClassification, MoNELayer, MoNEModel, PositionedTokens
 from ..nested_linear import NestedIn, NestedOut
 from ..routing import Router
+from .sensitivity import read_layers
+
+
+# Of the gradients' moments beside those of the channels. Measured on a DINOv2-S: from 0.1 to 1 it hardly matters.
+GRADIENT_SHARE = 0.3
 
 
 @torch.no_grad()
@@ -131,29 +134,21 @@ def fold_norm(norm: nn.LayerNorm, readers: list[nn.Linear]) -> None:
     norm.bias.zero_()
 
 
+@torch.no_grad()
 def read_moments(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(D, D) second moments of the dense model's tokens behind all layer norms, before scale and shift."""
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    moments = torch.zeros(model.config.hidden_size, model.config.hidden_size, dtype=torch.float64, device=model.device)
+    """(D, D) second moments of what the dense model's layers read, and of the prediction's gradient there.
 
-    def record(norm, args):
-        tokens = nn.functional.layer_norm(args[0].double(), norm.normalized_shape, eps=norm.eps).flatten(0, -2)
-        moments.add_(tokens.T @ tokens / len(tokens))
-
-    hooks = [norm.register_forward_pre_hook(record) for norm in norms]
-    run_dense(model, pixel_values, hooks)
-    return moments
-
-
-def run_dense(model: PreTrainedModel, pixel_values: torch.Tensor, hooks: list[RemovableHandle]) -> None:
-    """Run the model at capacity 1.0, for what the hooks see, and remove these."""
-    training = model.training
-    try:
-        model.eval()(pixel_values.to(model.device), capacity=1.0)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    Of patch tokens behind the norms, before scale and shift. Both moments are divided by their trace.
+    """
+    norms = [norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)]
+    moments = torch.zeros(2, *2 * (model.config.hidden_size,), dtype=torch.float64, device=model.device)
+    for readings in read_layers(model, pixel_values):
+        for norm, reading in zip(norms, readings, strict=True):
+            normed = nn.functional.layer_norm(reading.tokens.double(), norm.normalized_shape, eps=norm.eps)
+            for moment, x in zip(moments, (normed, reading.gradient.double() * norm.weight), strict=True):
+                moment.add_(x.flatten(0, 1).T @ x.flatten(0, 1))
+    inputs, gradients = (moment / moment.trace() for moment in moments)
+    return inputs + GRADIENT_SHARE * gradients
 
 
 def principal_rotation(moments: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,62 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""What the layers of the dense model read, and how much its prediction depends on it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..modeling_mone import MoNEForImageClassification, MoNEModel
+
+
+# Images at once: the activations of all layers are kept, as in a training step.
+BATCH_SIZE = 8
+
+
+class Reading(NamedTuple):
+    """The patch tokens (N, B, D) at the norm before an attention or an MLP."""
+
+    tokens: torch.Tensor
+    """What enters the norm."""
+    normed: torch.Tensor
+    """What it passes on."""
+    gradient: torch.Tensor
+    """Of the prediction with respect to `normed`."""
+
+
+def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> Iterator[list[Reading]]:
+    """For some images at a time, two readings of each layer at capacity 1.0: of its attention and of its MLP.
+
+    The prediction is an image's largest logit or, without a classifier, half the squared length of its pooled output.
+
+    Args:
+        pixel_values: (B, C, height, width).
+    """
+    norms = [norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)]
+    prefix = model.config.num_prefix_tokens
+    training = model.training
+    for images in pixel_values.split(BATCH_SIZE):
+        entered, left = [], []
+
+        def keep(norm, args, output, entered=entered, left=left):
+            entered.append(args[0])
+            left.append(output)
+
+        hooks = [norm.register_forward_hook(keep) for norm in norms]
+        try:
+            with torch.enable_grad():
+                # For gradients also where all weights are frozen.
+                images = images.to(model.device).detach().requires_grad_()
+                outputs = model.eval()(images, capacity=1.0)
+                if "logits" in outputs:
+                    prediction = outputs.logits.amax(dim=-1).sum()
+                else:
+                    prediction = outputs.pooler_output.square().sum() / 2
+                gradients = torch.autograd.grad(prediction, left)
+        finally:
+            model.train(training)
+            for hook in hooks:
+                hook.remove()
+        yield [
+            Reading(*(x.detach()[prefix:] for x in reading)) for reading in zip(entered, left, gradients, strict=True)
+        ]
