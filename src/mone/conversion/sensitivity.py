@@ -47,7 +47,7 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
             with torch.enable_grad():
                 # For gradients also where all weights are frozen.
                 images = images.to(model.device).detach().requires_grad_()
-                outputs = model.eval()(images, capacity=1.0)
+                outputs = model.eval()(images, capacity=1.0, return_dict=True)
                 if "logits" in outputs:
                     prediction = outputs.logits.amax(dim=-1).sum()
                 else:
