@@ -1,6 +1,8 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Converted ViTs fitted to images: routers that give the large experts the tokens that need them."""
 
+import copy
+
 import pytest
 import torch
 from vits import make_vit, randomise
@@ -88,6 +90,19 @@ def test_a_model_without_a_classifier_and_frozen_weights():
         calibrate(model, pixel_values)
     assert model.routers[0].proj.weight.abs().max() > 0
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_new_classifier_of_zeros():
+    """Scenic's and timm's classifiers start so, and have no gradient: the same as without one."""
+    model, pixel_values = make_model(pooling="cls"), make_pixels()
+    torch.nn.init.zeros_(model.classifier.weight)
+    encoder = copy.deepcopy(model.mone)
+    for fitted in (model, encoder):
+        calibrate(fitted, pixel_values)
+    with torch.no_grad():
+        have, want = (m(pixel_values, output_router_logits=True).router_logits[0] for m in (model, encoder))
+    assert want.std() > 0.1
+    torch.testing.assert_close(have, want)
 
 
 def test_predict_is_a_ridge_regression():

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
 
@@ -27,7 +28,8 @@ class Reading(NamedTuple):
 def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> Iterator[list[Reading]]:
     """For some images at a time, two readings of each layer at capacity 1.0: of its attention and of its MLP.
 
-    The prediction is an image's largest logit or, without a classifier, half the squared length of its pooled output.
+    The prediction is an image's largest logit or, where the classifier is missing or all zeros, half the squared
+    length of its pooled output.
 
     Args:
         pixel_values: (B, C, height, width).
@@ -35,6 +37,9 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
     norms = [norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)]
     prefix = model.config.num_prefix_tokens
     training = model.training
+    classifier = getattr(model, "classifier", None)
+    if not isinstance(classifier, nn.Linear) or not classifier.weight.any():
+        classifier = None
     for images in pixel_values.split(BATCH_SIZE):
         entered, left = [], []
 
@@ -47,12 +52,9 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
             with torch.enable_grad():
                 # For gradients also where all weights are frozen.
                 images = images.to(model.device).detach().requires_grad_()
-                outputs = model.eval()(images, capacity=1.0, return_dict=True)
-                if "logits" in outputs:
-                    prediction = outputs.logits.amax(dim=-1).sum()
-                else:
-                    prediction = outputs.pooler_output.square().sum() / 2
-                gradients = torch.autograd.grad(prediction, left)
+                pooled = model.eval().base_model(images, capacity=1.0, return_dict=True).pooler_output
+                prediction = pooled.square() / 2 if classifier is None else classifier(pooled).amax(dim=-1)
+                gradients = torch.autograd.grad(prediction.sum(), left)
         finally:
             model.train(training)
             for hook in hooks:
