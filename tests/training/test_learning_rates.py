@@ -43,7 +43,8 @@ def test_the_depth_of_an_image_models_parameters(fields):
 
 def test_temporal_layers_count_on_from_the_spatial_ones():
     model = video_model()
-    depths = {name: layer_depths(model)[p] for name, p in model.named_parameters()}
+    found = layer_depths(model)
+    depths = {name: found[p] for name, p in model.named_parameters()}
     firsts = {"spatial": 1, "temporal": 3}
     for name, depth in depths.items():
         encoder = "temporal" if ".temporal." in name else "spatial"

@@ -25,7 +25,7 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
 
     At capacity 1.0 the model stays the same, at smaller ones it stays closer to that before any training.
 
-    It costs about as much as two training steps on the inputs.
+    It runs the dense model forward and backward over the inputs, twice.
 
     Args:
         pixel_values: (B, C, height, width), some dozens of inputs as the model takes them.

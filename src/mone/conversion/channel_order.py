@@ -140,12 +140,11 @@ def read_moments(model: MoNEForImageClassification | MoNEModel, pixel_values: to
 
     Of patch tokens behind the norms, before scale and shift. Both moments are divided by their trace.
     """
-    norms = [norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)]
     moments = torch.zeros(2, *2 * (model.config.hidden_size,), dtype=torch.float64, device=model.device)
     for readings in read_layers(model, pixel_values):
-        for norm, reading in zip(norms, readings, strict=True):
-            normed = nn.functional.layer_norm(reading.tokens.double(), norm.normalized_shape, eps=norm.eps)
-            for moment, x in zip(moments, (normed, reading.gradient.double() * norm.weight), strict=True):
+        for norm, tokens, _, gradient in readings:
+            normed = nn.functional.layer_norm(tokens.double(), norm.normalized_shape, eps=norm.eps)
+            for moment, x in zip(moments, (normed, gradient.double() * norm.weight), strict=True):
                 moment.add_(x.flatten(0, 1).T @ x.flatten(0, 1))
     inputs, gradients = (moment / moment.trace() for moment in moments)
     return inputs + GRADIENT_SHARE * gradients

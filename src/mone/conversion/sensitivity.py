@@ -17,6 +17,7 @@ BATCH_SIZE = 8
 class Reading(NamedTuple):
     """The patch tokens (N, B, D) at the norm before an attention or an MLP."""
 
+    norm: nn.LayerNorm
     tokens: torch.Tensor
     """What enters the norm."""
     normed: torch.Tensor
@@ -60,5 +61,6 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
             for hook in hooks:
                 hook.remove()
         yield [
-            Reading(*(x.detach()[prefix:] for x in reading)) for reading in zip(entered, left, gradients, strict=True)
+            Reading(norm, *(x.detach()[prefix:] for x in reading))
+            for norm, *reading in zip(norms, entered, left, gradients, strict=True)
         ]

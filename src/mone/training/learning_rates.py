@@ -15,13 +15,13 @@ def set_learning_rates(
 
     Args:
         optimizer: its groups have the classifier's learning rate.
-        model: whose parameters the groups hold; those that it lacks keep their rate.
+        model: whose parameters the groups hold.
         router_learning_rate: of the routers and their alpha. None: the classifier's, whatever their layer.
         layer_decay: what the rate is multiplied by from each layer to the one before, in (0, 1], as BEiT's and MAE's
             fine-tuning do (arXiv 2106.08254, 2111.06377): with L layers, that of the embeddings by its power L + 1.
     """
     depths = layer_depths(model)
-    last = max(depths.values(), default=0)
+    last = max(depths.values())
     routers = {p for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     for group in list(optimizer.param_groups):
         parts = {group["lr"]: []}  # first: Trainer logs the rate of the first group
@@ -30,7 +30,7 @@ def set_learning_rates(
             if parameter in routers:
                 rate = rate if router_learning_rate is None else router_learning_rate
             else:
-                rate *= layer_decay ** (last - depths.get(parameter, last))
+                rate *= layer_decay ** (last - depths[parameter])
             parts.setdefault(rate, []).append(parameter)
         group["params"] = parts.pop(group["lr"])
         for rate, parameters in parts.items():
