@@ -9,7 +9,7 @@ from vits import make_vit, randomise
 
 from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig, MoNEViViTForVideoClassification
 from mone.conversion import calibrate, mone_from_vit, start_routers
-from mone.conversion.calibration import predict
+from mone.conversion.calibration import RidgeRegression
 
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32}
@@ -63,7 +63,8 @@ def test_the_routers_predict_what_the_prediction_would_miss(pooling, router_laye
     for number, (start, end) in enumerate(zip(router_layers, ends, strict=True)):
         scores = torch.stack([token_scores(model, image, range(start, end)) for image in pixel_values])
         x = outputs.hidden_states[start][:, int(pooling == "cls") :]
-        x, scores = (x - x.mean(1, keepdim=True)).flatten(0, 1), (scores - scores.mean(1, keepdim=True)).flatten()
+        x = (x - x.mean(1, keepdim=True)).flatten(0, 1)
+        scores = ((scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)).flatten()
         best = x @ torch.linalg.lstsq(x, scores.unsqueeze(1)).solution[:, 0]
         logits = outputs.router_logits[number]
         for expert in range(3):
@@ -72,7 +73,7 @@ def test_the_routers_predict_what_the_prediction_would_miss(pooling, router_laye
             assert torch.corrcoef(torch.stack([differences, best]))[0, 1] > 0.99
             # One half for each standard deviation, from two above the mean.
             assert step.mean().item() == pytest.approx(-1.0, abs=1e-3)
-            assert differences.std().item() == pytest.approx(0.5, rel=1e-3)
+            assert differences.std(correction=0).item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_the_largest_expert_gets_the_tokens_that_need_it():
@@ -105,14 +106,32 @@ def test_a_new_classifier_of_zeros():
     torch.testing.assert_close(have, want)
 
 
-def test_predict_is_a_ridge_regression():
+def test_ridge_regression_within_images():
+    """Against least squares on all tokens at once, whose constants of single images and lengths do not count."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(100, 6, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(20, 50, 6, generator=generator, dtype=torch.float64)  # (N, B, D)
     truth = torch.randn(6, generator=generator, dtype=torch.float64)
-    torch.testing.assert_close(predict(x, x @ truth), truth, atol=1e-2, rtol=0)
-    # Where there are several solutions, the shortest.
-    twice = torch.cat([truth, truth]) / 2
-    torch.testing.assert_close(predict(torch.cat([x, x], dim=1), x @ truth), twice, atol=1e-2, rtol=0)
+    factors, constants = torch.rand(2, 50, generator=generator, dtype=torch.float64) + 0.1
+    fit = RidgeRegression(6, torch.device("cpu"))
+    for images in torch.arange(50).split(8):
+        fit.add(tokens[:, images], (tokens[:, images] @ truth) * factors[images] + constants[images])
+    within = (tokens - tokens.mean(0)).flatten(0, 1)
+    best = truth / (within @ truth).std(correction=0)
+    torch.testing.assert_close(fit.solve(), best, atol=0.05, rtol=0)
+    assert (within @ fit.solve()).std(correction=0).item() == pytest.approx(1, abs=1e-6)
+    torch.testing.assert_close(fit.mean(), tokens.mean((0, 1)))
+
+
+def test_ridge_regression_of_what_cannot_be_told_apart():
+    """The same channel twice, one image with equal scores, one token: weights are shared, and all are finite."""
+    x = torch.randn(20, 50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens, scores = torch.cat([x, x], dim=2), x[..., 0].clone()
+    scores[:, 7] = 1.0
+    fit, single = RidgeRegression(6, torch.device("cpu")), RidgeRegression(6, torch.device("cpu"))
+    fit.add(tokens, scores)
+    torch.testing.assert_close(fit.solve()[:3], fit.solve()[3:])
+    single.add(tokens[:1], scores[:1])
+    assert single.solve().isfinite().all()
 
 
 def test_training_at_capacity_one_does_not_count():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..modeling_mone import MoNEForImageClassification, MoNEModel
 
@@ -41,7 +42,7 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
     classifier = getattr(model, "classifier", None)
     if not isinstance(classifier, nn.Linear) or not classifier.weight.any():
         classifier = None
-    for images in pixel_values.split(BATCH_SIZE):
+    for images in logging.tqdm(pixel_values.split(BATCH_SIZE), desc="Reading layers"):
         entered, left = [], []
 
         def keep(norm, args, output, entered=entered, left=left):
