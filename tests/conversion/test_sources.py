@@ -214,6 +214,24 @@ def test_a_mone_is_loaded_and_not_converted(tmp_path):
         load_image_model(tmp_path)
 
 
+@pytest.mark.parametrize("size", [32, 48, (24, 40)])
+def test_a_mone_for_another_image_size(tmp_path, size):
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    mone = randomise(MoNEForImageClassification(MoNEConfig(**config, image_size=32, patch_size=8, pooling="cls")))
+    mone.save_pretrained(tmp_path / "mone")
+    model = load_image_model(tmp_path / "mone", image_size=size)
+    assert model.config.image_size == size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    pixel_values = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path / "resized")
+    with torch.no_grad():
+        expected = mone(pixel_values, capacity=0.5, interpolate_pos_encoding=True).logits
+        for resized in (model, MoNEForImageClassification.from_pretrained(tmp_path / "resized")):
+            torch.testing.assert_close(resized(pixel_values, capacity=0.5).logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="image_size=36"):
+        load_image_model(tmp_path / "mone", image_size=36)
+
+
 # --- image processors ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedModel
 
-from ..modeling_mone import MoNEForImageClassification, MoNEModel
+from ..configuration_mone import as_pair
+from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
@@ -111,8 +112,34 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     config = check_source(source, **_hub(options))
     if config is None or config.model_type != "mone":
         return mone_from_vit(source, **options)
+    size = options.pop("image_size", None)
     # Another number of classes than the checkpoint's gets a new classifier.
-    return load_all(MoNEForImageClassification, source, re.compile(r"^classifier\."), **options)
+    model = load_all(MoNEForImageClassification, source, re.compile(r"^classifier\."), **options)
+    if size is not None:
+        resize_image_model(model, size)
+    return model
+
+
+@torch.no_grad()
+def resize_image_model(model: MoNEForImageClassification | MoNEModel, image_size: int | tuple[int, int]) -> None:
+    """Let a model take images of another size, in place: its positions are resized, once and for all.
+
+    Args:
+        image_size: in pixels, a multiple of the patch size; (height, width), or one number for both.
+
+    Raises:
+        ValueError: another size.
+    """
+    config, embeddings = model.config, model.base_model.embeddings
+    before, config.image_size = config.image_size, image_size
+    try:
+        config.check()
+    except ValueError:
+        config.image_size = before
+        raise
+    grid = patch_grid(config, as_pair(image_size))
+    embeddings.position_embeddings = nn.Parameter(embeddings.interpolate_positions(grid).clone())
+    embeddings.grid = grid
 
 
 def load_image_model_and_processor(
