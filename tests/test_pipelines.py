@@ -1,5 +1,5 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""The image-classification pipeline: `capacity`, and the stock behaviour for everything else.
+"""The image pipelines: `capacity`, and the stock behaviour for everything else.
 
 The models are random: this does not test that classes are right, only that they are those of the model itself.
 """
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from transformers import (
+    AutoModel,
     AutoModelForImageClassification,
     ViTConfig,
     ViTForImageClassification,
@@ -25,6 +26,7 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY, check_task
 from transformers.pipelines.image_classification import ImageClassificationPipeline
+from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from mone import MoNEConfig, MoNEForImageClassification
@@ -374,3 +376,37 @@ class TestSaving:
         config = json.loads((tmp_path / "config.json").read_text())
         assert "custom_pipelines" not in config and "auto_map" not in config
         assert make_pipeline(model=str(tmp_path))(images) == pipe(images)
+
+
+class TestFeatures:
+    """The image-feature-extraction pipeline."""
+
+    def test_features_are_the_model_s(self, folder, images):
+        pipe = pipeline("image-feature-extraction", model=folder, device="cpu", capacity=0.4)
+        model, processor = AutoModel.from_pretrained(folder), ViTImageProcessor.from_pretrained(folder)
+        for used, options in ((0.4, {}), (0.3, {"capacity": 0.3}), (1.0, {"capacity": 1.0, "batch_size": 4})):
+            tokens, pooled = (pipe(images, return_tensors=True, pool=pool, **options) for pool in (False, True))
+            for i, image in enumerate(images):
+                with torch.no_grad():
+                    outputs = model(processor(image.convert("RGB"), return_tensors="pt").pixel_values, capacity=used)
+                torch.testing.assert_close(tokens[i], outputs.last_hidden_state)
+                torch.testing.assert_close(pooled[i], outputs.pooler_output)
+
+    def test_errors_come_before_the_image_is_loaded(self, folder):
+        pipe = pipeline("image-feature-extraction", model=folder, device="cpu")
+        with pytest.raises(ValueError, match=r"capacity=1\.2 .*Allowed are"):
+            pipe("missing.png", capacity=1.2)
+        with pytest.raises(TypeError, match=r"\['capasity'\]; allowed are \['capacity'"):
+            pipe("missing.png", capasity=0.4)
+
+    def test_other_models(self, vit_folder, images):
+        pipe = pipeline("image-feature-extraction", model=vit_folder, device="cpu")
+        stock = ImageFeatureExtractionPipeline(
+            model=ViTModel.from_pretrained(vit_folder),
+            image_processor=ViTImageProcessor.from_pretrained(vit_folder),
+            task="image-feature-extraction",
+            device="cpu",
+        )
+        assert pipe(images, batch_size=4, ignored=1) == stock(images)
+        with pytest.raises(TypeError, match="ViTModel takes none"):
+            pipe(images, capacity=0.4)

@@ -1,5 +1,5 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Image- and video-classification pipelines that take `capacity`.
+"""Pipelines that take `capacity`: image and video classification, image features.
 
 `import mone` puts them in the place of transformers' own for this process. For every other model they are the stock
 ones.
@@ -16,6 +16,7 @@ ones.
 
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
+from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 
 
@@ -70,6 +71,30 @@ class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline
         ValueError: `capacity` is not allowed. Raised before any image is loaded.
         TypeError: `capacity` for a model that is not MoNE, or an unknown keyword, such as a misspelt one.
     """
+
+
+class MoNEImageFeatureExtractionPipeline(CapacityMixin, ImageFeatureExtractionPipeline):
+    """transformers' image-feature-extraction pipeline with a `capacity` argument, at construction and per call.
+
+    Args:
+        capacity:
+            As in [`MoNEImageClassificationPipeline`].
+        inputs, pool, return_tensors, image_processor_kwargs, timeout, batch_size and all others:
+            As in [`~transformers.ImageFeatureExtractionPipeline`].
+
+    Raises:
+        ValueError: `capacity` is not allowed. Raised before any image is loaded.
+        TypeError: `capacity` for a model that is not MoNE, or, for one that is, an unknown keyword.
+    """
+
+    # What the stock class takes; it drops all else without a word.
+    OPTIONS = ("image_processor_kwargs", "return_tensors", "pool", "timeout")
+
+    def _sanitize_parameters(self, capacity=None, **kwargs):
+        unknown = sorted(set(kwargs) - set(self.OPTIONS))
+        if unknown and self._takes_capacity():
+            raise TypeError(f"Unknown arguments {unknown}; allowed are {['capacity', *self.OPTIONS]}.")
+        return super()._sanitize_parameters(capacity, **kwargs)
 
 
 class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline):
@@ -133,5 +158,9 @@ def register_pipelines() -> None:
     Not `PIPELINE_REGISTRY.register_pipeline`: it warns, and the pipelines' `save_pretrained` would then write
     `custom_pipelines`, with which a folder needs `trust_remote_code` even where this package is imported.
     """
-    PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = MoNEImageClassificationPipeline
-    PIPELINE_REGISTRY.supported_tasks["video-classification"]["impl"] = MoNEVideoClassificationPipeline
+    for task, pipeline_class in {
+        "image-classification": MoNEImageClassificationPipeline,
+        "image-feature-extraction": MoNEImageFeatureExtractionPipeline,
+        "video-classification": MoNEVideoClassificationPipeline,
+    }.items():
+        PIPELINE_REGISTRY.supported_tasks[task]["impl"] = pipeline_class

@@ -81,8 +81,10 @@ def run(config: str | None, output: Path, *arguments: str) -> str:
     return done.stderr
 
 
-def kill_after_checkpoint(config: str | None, output: Path, step: int, delay: float, *arguments: str) -> None:
-    """SIGKILL for the launcher and its processes, so long after the folder of that step's checkpoint has appeared."""
+def kill_after_checkpoint(config: str | None, output: Path, steps: range, *arguments: str) -> None:
+    """SIGKILL for the launcher and its processes, at random soon after the folder of a step's checkpoint appeared."""
+    step, delay = random.choice(steps), random.uniform(0, 0.3)
+    print(f"killed {delay:.3f} s after the folder of checkpoint {step}")
     process = subprocess.Popen(
         command(config, output, *arguments),
         stdout=subprocess.DEVNULL,
@@ -198,9 +200,7 @@ def test_a_killed_run_goes_on_with_the_same_result(data, tmp_path, config):
     """On two processes to the last bit, on one to rounding. Checkpoints come every 5 of 60 steps."""
     options = [*data, "--max_steps", "60", "--save_steps", "5"]
     run(config, tmp_path / "whole", *options)
-    step, delay = random.choice(range(10, 45, 5)), random.uniform(0, 0.3)
-    print(f"killed {delay:.3f} s after the folder of checkpoint {step}")
-    kill_after_checkpoint(config, tmp_path / "killed", step, delay, *options)
+    kill_after_checkpoint(config, tmp_path / "killed", range(10, 45, 5), *options)
     checkpoints = sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*"))
     print(checkpoints)
     subprocess.run(["cp", "-r", str(tmp_path / "killed"), str(tmp_path / "on_one")], check=True)
@@ -217,9 +217,7 @@ def test_a_killed_run_of_deepspeed_goes_on_with_the_same_result(data, tmp_path, 
     """With as many processes only; on one it is refused, as it would lose the optimiser's state."""
     options = [*data, "--max_steps", "30", "--save_steps", "5"]
     run(config, tmp_path / "whole", *options)
-    step, delay = random.choice(range(5, 20, 5)), random.uniform(0, 0.3)
-    print(f"killed {delay:.3f} s after the folder of checkpoint {step}")
-    kill_after_checkpoint(config, tmp_path / "killed", step, delay, *options)
+    kill_after_checkpoint(config, tmp_path / "killed", range(5, 20, 5), *options)
     on_one = start(None, tmp_path / "killed", *options)
     assert on_one.returncode and "was written under DeepSpeed" in on_one.stderr, on_one.stderr[-3000:]
     assert "Going on from the checkpoint" in run(config, tmp_path / "killed", *options)
