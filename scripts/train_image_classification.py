@@ -29,6 +29,7 @@ from transformers import ViTImageProcessor
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.configuration_mone import as_pair
 from mone.conversion import (
+    CALIBRATION_IMAGES,
     calibrate,
     check_source,
     check_untrained,
@@ -56,8 +57,8 @@ class ImageModelArguments(ModelArguments):
     calibrate: bool = field(
         default=False,
         metadata={
-            "help": "Before a checkpoint that was not trained as a MoNE is: fit small experts and routers to 64 "
-            "training images. At capacity 1.0 it stays the same."
+            "help": "Before a checkpoint that was not trained as a MoNE is: fit small experts and routers to "
+            f"{CALIBRATION_IMAGES} training images. At capacity 1.0 it stays the same."
         },
     )
 
@@ -132,7 +133,9 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
     if model_args.calibrate and training_args.do_train:
         # The same in every process.
         generator = torch.Generator().manual_seed(training_args.seed)
-        loader = DataLoader(data_sets["train"], 64, shuffle=True, generator=generator, collate_fn=collate_examples)
+        loader = DataLoader(
+            data_sets["train"], CALIBRATION_IMAGES, shuffle=True, generator=generator, collate_fn=collate_examples
+        )
         calibrate(model, next(iter(loader))["pixel_values"])
     return model, processor, data_sets
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Pretrained vision transformers -> MoNE, and image MoNE -> video MoNE."""
 
-from .calibration import calibrate, check_untrained, start_routers
+from .calibration import CALIBRATION_IMAGES, calibrate, check_untrained, start_routers
 from .channel_order import order_channels
 from .image import load_image_model, load_image_model_and_processor, mone_from_vit
 from .processors import fit_image_processor, load_image_processor, make_video_processor, resize_and_crop
@@ -10,6 +10,7 @@ from .video import mone_vivit_from_mone
 
 
 __all__ = [
+    "CALIBRATION_IMAGES",
     "calibrate",
     "check_source",
     "check_untrained",

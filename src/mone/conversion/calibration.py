@@ -10,8 +10,11 @@ from .channel_order import check_image_model, order_channels
 from .sensitivity import read_layers
 
 
-# Of the mean variance of the regression's inputs. With 64 to 256 images of a fine-tuned DINOv2-S, 1e-2 predicted the
-# scores of others better than 1e-3, with 512 and more as well.
+# What the scripts take. On a fine-tuned DINOv2-S the scores that the router predicts for other images have a
+# correlation with the true ones of 0.57 after 64 images, 0.59 after 256, and 0.60 after 1,024.
+CALIBRATION_IMAGES = 256
+# Of the mean variance of the regression's inputs. A tenth of it predicts worse after up to 256 images, and no better
+# after more.
 RIDGE = 1e-2
 # Training at capacity 1.0 leaves an alpha that is hardly above 0 and does nothing.
 ALPHA_OF_DENSE = 1e-3
