@@ -12,11 +12,11 @@ when everything is written, model, image processor and code; an error leaves not
 
 import argparse
 import logging
-import math
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -31,10 +31,14 @@ from mone.conversion import (
     make_video_processor,
     mone_vivit_from_mone,
 )
+from mone.data.examples import UNREADABLE
 from mone.training.command_line import parse_overrides
 
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+ROUTER_FIELDS = ("num_experts", "router_layers", "router_type")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -53,7 +57,7 @@ def main(argv: list[str] | None = None) -> Path:
         type=Path,
         metavar="IMAGES",
         help=f"folder of images, at any depth: small experts and routers are fitted to {CALIBRATION_IMAGES} of them, "
-        "from all over it, before any training; nothing changes at capacity 1.0 (default: they start at random)",
+        "from all over it, before any training; logits at capacity 1.0 stay the same (default: they start at random)",
     )
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub (default: %(default)s)")
     parser.add_argument("--token", help="Hub token for private models")
@@ -68,30 +72,47 @@ def main(argv: list[str] | None = None) -> Path:
     if args.num_labels is not None:
         overrides["num_labels"] = args.num_labels
     hub = {"revision": args.revision, "token": args.token, "cache_dir": args.cache_dir}
+    files = None if args.calibrate is None else find_images(args.calibrate)
 
     if args.video:
-        image_model, image_processor = load_image_model(args.source, **hub), load_image_processor(args.source, **hub)
-        fit(image_model, image_processor, args)
+        # Known before the routers are fitted.
+        fields = {name: overrides[name] for name in ROUTER_FIELDS if name in overrides}
+        image_model = load_image_model(args.source, **hub, **fields)
+        image_processor = load_image_processor(args.source, **hub)
+        fit(image_model, image_processor, args.source, files)
         model = mone_vivit_from_mone(image_model, **overrides)
         processor = make_video_processor(model.config, image_processor)
     else:
         model, processor = load_image_model_and_processor(args.source, **hub, **overrides)
-        fit(model, processor, args)
+        fit(model, processor, args.source, files)
     write(args.destination, model, processor)
     print(f"{args.destination}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
     return args.destination
 
 
-def fit(model: PreTrainedModel, processor: BaseImageProcessor | None, args: argparse.Namespace) -> None:
-    """Calibrate the model if the command line asks for it."""
-    if args.calibrate is None:
-        return
-    files = sorted(path for path in args.calibrate.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+def find_images(folder: Path) -> list[Path]:
+    """The images to calibrate on, from all over the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"{args.calibrate} has no images, that is files ending in {IMAGE_SUFFIXES}.")
-    processor = fit_image_processor(processor, args.source, model.config)
-    images = [Image.open(path).convert("RGB") for path in files[:: math.ceil(len(files) / CALIBRATION_IMAGES)]]
-    calibrate(model, processor(images, return_tensors="pt").pixel_values)
+        raise ValueError(f"{folder} has no images, that is files ending in {IMAGE_SUFFIXES}.")
+    count = min(len(files), CALIBRATION_IMAGES)
+    return [files[number * len(files) // count] for number in range(count)]
+
+
+def fit(model: PreTrainedModel, processor: BaseImageProcessor | None, source: str, files: list[Path] | None) -> None:
+    """Calibrate the model if there are files of images. One that cannot be read is named and left out."""
+    if files is None:
+        return
+    processor, pixel_values = fit_image_processor(processor, source, model.config), []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                pixel_values.append(processor(image.convert("RGB"), return_tensors="pt").pixel_values)
+        except UNREADABLE as error:
+            logger.warning("%s is left out, as it cannot be read: %s", path, error)
+    if not pixel_values:
+        raise ValueError(f"None of the {len(files)} images can be read, of which the first is {files[0]}.")
+    calibrate(model, torch.cat(pixel_values))
 
 
 def write(destination: Path, model: PreTrainedModel, processor) -> None:

@@ -85,16 +85,17 @@ def test_the_largest_expert_gets_the_tokens_that_need_it():
     assert scores[experts == 3].mean() > 1.05 * scores[experts == 0].mean()
 
 
-def test_a_model_without_a_classifier_and_frozen_weights():
+def test_a_model_without_a_classifier_and_frozen_weights(caplog):
     model, pixel_values = mone_from_vit(make_vit("dinov2 model")).requires_grad_(False), make_pixels()
     with torch.no_grad():
         calibrate(model, pixel_values)
+    assert "no longer the source's features" in caplog.text
     assert model.routers[0].proj.weight.abs().max() > 0
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_a_new_classifier_of_zeros():
-    """Scenic's and timm's classifiers start so, and have no gradient: the same as without one."""
+    """It has no gradient: the same as without one."""
     model, pixel_values = make_model(pooling="cls"), make_pixels()
     torch.nn.init.zeros_(model.classifier.weight)
     encoder = copy.deepcopy(model.mone)
@@ -134,13 +135,6 @@ def test_ridge_regression_of_what_cannot_be_told_apart():
     assert single.solve().isfinite().all()
 
 
-def test_training_at_capacity_one_does_not_count():
-    model = make_model()
-    model.mone.routers[0].alpha.data.fill_(2e-4)
-    calibrate(model, make_pixels())
-    assert model.mone.routers[0].alpha.item() == 0
-
-
 def test_nothing_changes_at_capacity_one():
     model, pixel_values = mone_from_vit(make_vit("dinov2")).train(), make_pixels(3)
     with torch.no_grad():
@@ -149,6 +143,17 @@ def test_nothing_changes_at_capacity_one():
         calibrate(model, make_pixels())
         assert model.training
         torch.testing.assert_close(model.eval()(pixel_values).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pixel_values", [torch.zeros(0, 3, 32, 32), torch.full((2, 3, 32, 32), float("nan"))])
+def test_images_that_cannot_be_fitted_to(pixel_values):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(
+        ValueError, match=r"pixel_values of shape \([02], 3, 32, 32\) must be at least one image of fin"
+    ):
+        calibrate(model, pixel_values)
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 
 
 @pytest.mark.parametrize("router_type", ["random", "argmax"])
@@ -161,6 +166,9 @@ def test_routers_that_learn_no_ranking_stay(router_type):
 
 def test_models_that_cannot_be_calibrated():
     trained = make_model()
+    trained.mone.routers[0].alpha.data.fill_(1e-5)
+    with pytest.raises(ValueError, match=r"alpha = 1e-05\. If it was not, set that to 0"):
+        calibrate(trained, make_pixels())
     trained.mone.routers[0].alpha.data.fill_(0.25)
     before = {name: value.clone() for name, value in trained.named_parameters()}
     for fit in (calibrate, start_routers):

@@ -23,7 +23,7 @@ from transformers import (
 )
 from vits import dense_output, make_vit, randomise
 
-from mone import MoNEConfig, MoNEForImageClassification
+from mone import MoNEConfig, MoNEForImageClassification, MoNEModel
 from mone.conversion import (
     check_source,
     load_image_model,
@@ -212,6 +212,43 @@ def test_a_mone_is_loaded_and_not_converted(tmp_path):
     change(tmp_path, lambda weights: weights.pop("mone.layers.0.mlp.fc2.bias"))
     with pytest.raises(ValueError, match=r"Weights missing: mone\.layers\.0\.mlp\.fc2\.bias"):
         load_image_model(tmp_path)
+
+
+def test_a_mone_without_its_classifier(tmp_path):
+    """One that never had one stays so, or gets one for new labels; one that lost it is an error."""
+    config = MoNEConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32)
+    randomise(MoNEModel(config)).save_pretrained(tmp_path / "headless")
+    assert type(load_image_model(tmp_path / "headless")) is MoNEModel
+    model = load_image_model(tmp_path / "headless", num_labels=2)
+    assert type(model) is MoNEForImageClassification and model.classifier.weight.shape == (2, 32)
+    assert not any(parameter.any() for parameter in model.classifier.parameters())
+    mone = randomise(MoNEForImageClassification(config))
+    mone.save_pretrained(tmp_path / "mone")
+    assert not load_image_model(tmp_path / "mone", num_labels=4).classifier.weight.any()
+    assert torch.equal(load_image_model(tmp_path / "mone", num_labels=2).classifier.weight, mone.classifier.weight)
+    for key in ("classifier.weight", "classifier.bias"):
+        change(tmp_path / "mone", lambda weights, key=key: weights.pop(key))
+    for options in ({}, {"num_labels": 2}):
+        with pytest.raises(ValueError, match=r"Missing: \['classifier\.bias', 'classifier\.weight'\]"):
+            load_image_model(tmp_path / "mone", **options)
+
+
+def test_a_new_classifier_of_a_vit_starts_at_zero():
+    model = mone_from_vit(make_vit("dinov2 model"), num_labels=3)
+    assert not any(parameter.any() for parameter in model.classifier.parameters())
+
+
+def test_trained_routers_stay_in_their_layers(tmp_path):
+    config = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
+    mone = MoNEForImageClassification(MoNEConfig(**config, image_size=32, router_layers=(0, 1)))
+    mone.save_pretrained(tmp_path)
+    model = load_image_model(tmp_path, router_layers=(0, 2))  # new routers may move
+    assert tuple(model.config.router_layers) == (0, 2)
+    mone.mone.routers[1].alpha.data.fill_(0.3)
+    mone.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"router_layers=\(0, 2\): the routers .* were trained in layers \(0, 1\)"):
+        load_image_model(tmp_path, router_layers=(0, 2))
+    assert load_image_model(tmp_path, router_layers=[0, 1]).mone.routers[1].alpha.item() == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("size", [32, 48, (24, 40)])

@@ -165,8 +165,48 @@ def test_the_old_folder_stays_where_the_new_one_cannot_take_its_place(tmp_path, 
     assert files(tmp_path / "out") == before
 
 
-def test_images_that_are_not_there(tmp_path, dinov2):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty has no images"):
-        convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(tmp_path / "empty")])
+@pytest.mark.parametrize(("override", "kept"), [("num_frames=4", (0,)), ("num_frames=4,router_layers=[1]", (1,))])
+def test_a_video_model_keeps_its_fitted_routers(tmp_path, dinov2, image, override, kept):
+    (tmp_path / "photos").mkdir()
+    image.save(tmp_path / "photos" / "one.png")
+    Dinov2Model.from_pretrained(dinov2).save_pretrained(tmp_path / "vit")
+    options = ["--video", "--calibrate", str(tmp_path / "photos"), "--num_labels", "5"]
+    convert.main(
+        [str(tmp_path / "vit"), str(tmp_path / "video"), *options, "--config_overrides", f"num_experts=3,{override}"]
+    )
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "video")
+    assert (model.config.num_experts, tuple(model.config.router_layers)) == (3, kept)
+    proj = model.mone_vivit.spatial.routers[0].proj
+    # Multiples of one direction, which a new router's weights are not.
+    assert proj.weight[1].norm() > 0
+    torch.testing.assert_close(proj.weight, torch.arange(3.0)[:, None] * proj.weight[1])
+    torch.testing.assert_close(proj.bias, torch.arange(3.0) * proj.bias[1])
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 300, 700])
+def test_the_images_to_calibrate_on(tmp_path, count):
+    for number in range(count):
+        (tmp_path / f"{number:03d}.jpg").touch()
+    numbers = [int(path.stem) for path in convert.find_images(tmp_path)]
+    assert len(numbers) == min(count, 256) and numbers == sorted(set(numbers))
+    assert numbers[0] == 0 and numbers[-1] >= count - 1 - count / 256
+
+
+def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with pytest.raises(ValueError, match="photos has no images"):
+        convert.main([str(tmp_path / "not_read"), str(tmp_path / "m"), "--calibrate", str(photos)])
+    image.save(photos / "cut.png")
+    (photos / "cut.png").write_bytes((photos / "cut.png").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"None of the 1 images can be read, of which the first is .*cut\.png"):
+        convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     assert not (tmp_path / "m").exists()
+    image.save(photos / "whole.png")
+    caplog.clear()
+    convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
+    assert "cut.png is left out, as it cannot be read" in caplog.text and "whole.png" not in caplog.text
+    (photos / "cut.png").unlink()
+    convert.main([str(dinov2), str(tmp_path / "n"), "--calibrate", str(photos)])
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "mn")
+    assert all(torch.equal(first[key], second[key]) for key in first)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
@@ -137,6 +138,19 @@ def test_a_checkpoint_of_another_family(tmp_path, parquet):
     model = MoNEForImageClassification.from_pretrained(tmp_path / "out")
     assert (model.config.num_labels, list(model.config.image_size)) == (10, [16, 16])
     assert (model.config.pooling, model.classifier.in_features) == ("cls_mean", 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path, parquet, dtype):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    Dinov2Model(Dinov2Config(**sizes)).to(dtype).save_pretrained(tmp_path / "dinov2")
+    BitImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "dinov2")
+    options = ["--do_train", "--max_steps", "1", "--cache_dir", str(tmp_path / "cache"), *QUIET]
+    script.main(
+        [*parquet, "--model_name_or_path", str(tmp_path / "dinov2"), "--output_dir", str(tmp_path / "out"), *options]
+    )
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+    assert MoNEForImageClassification.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
 def test_calibration(tmp_path, parquet):

@@ -16,8 +16,6 @@ CALIBRATION_IMAGES = 256
 # Of the mean variance of the regression's inputs. A tenth of it predicts worse after up to 256 images, and no better
 # after more.
 RIDGE = 1e-2
-# Training at capacity 1.0 leaves an alpha that is hardly above 0 and does nothing.
-ALPHA_OF_DENSE = 1e-3
 # Of the logits between neighbouring experts, for a token whose predicted score is one standard deviation higher.
 LOGIT_STEP = 0.5
 # Standard deviations above the mean. Below, every expert but the smallest prefers the token with the higher score.
@@ -27,7 +25,8 @@ LOGIT_ZERO = 2.0
 def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch.Tensor) -> None:
     """Order the channels ([`order_channels`]) and start the routers ([`start_routers`]), in place.
 
-    At capacity 1.0 the model stays the same, at smaller ones it stays closer to that before any training.
+    At capacity 1.0 logits stay the same, at smaller ones they stay closer to that before any training. A model without
+    a classifier has other features afterwards, as [`rotate_channels`] says: calibrate those that are trained on.
 
     It runs the dense model forward and backward over the inputs, twice.
 
@@ -36,8 +35,8 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
 
     Raises:
         TypeError: a model that is no image model.
-        ValueError: a model that has a norm in its embeddings (CLIP), or was trained as a MoNE: what its small experts
-            and routers have learned would be lost.
+        ValueError: no images, or values that are not finite; a model that has a norm in its embeddings (CLIP), or was
+            trained as a MoNE: what its small experts and routers have learned would be lost.
     """
     check_image_model(model)
     check_untrained(model)
@@ -59,7 +58,7 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
 
     Raises:
         TypeError: a model that is no image model.
-        ValueError: a model that was trained as a MoNE.
+        ValueError: as [`calibrate`], but for CLIP.
     """
     check_image_model(model)
     check_untrained(model)
@@ -83,12 +82,17 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
 
 
 def check_untrained(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose routers have been trained, which shows in alpha: it starts at 0."""
+    """Raise ValueError for a model whose routers have been trained, which shows in alpha.
+
+    It starts at 0, and training at capacity 1.0 leaves it there. Random routers have none, so that a training of small
+    experts beside them does not show.
+    """
     alphas = {name: value.item() for name, value in model.named_parameters() if name.endswith(".alpha")}
-    trained = [f"{name} = {alpha:.2g}" for name, alpha in alphas.items() if alpha > ALPHA_OF_DENSE]
+    trained = [f"{name} = {alpha:.2g}" for name, alpha in alphas.items() if alpha != 0]
     if trained:
         raise ValueError(
-            f"This model was trained as a MoNE, and would lose what it has learned: {', '.join(trained)}."
+            f"This model was trained as a MoNE, and would lose what it has learned: {', '.join(trained)}. If it was "
+            "not, set that to 0."
         )
 
 

@@ -8,6 +8,8 @@ and shift are moved into the projections behind it. SliceGPT (Ashkboos et al., I
 RMS norms to delete channels; here the rotation may not touch the mean, and nothing is deleted.
 """
 
+import logging
+
 import torch
 from torch import nn
 
@@ -16,6 +18,8 @@ from ..nested_linear import NestedIn, NestedOut
 from ..routing import Router
 from .sensitivity import read_layers
 
+
+logger = logging.getLogger(__name__)
 
 # Weight of the gradients' moments beside the inputs'. On a fine-tuned DINOv2-S 0.3 was better than 0, 0.1 and 1.
 GRADIENT_SHARE = 0.3
@@ -36,7 +40,7 @@ def order_channels(model: MoNEForImageClassification | MoNEModel, pixel_values: 
         (D, D) the rotation, float64.
 
     Raises:
-        TypeError, ValueError: as [`rotate_channels`].
+        TypeError, ValueError: as [`rotate_channels`]; or no images, or values that are not finite.
     """
     check_rotatable(model)
     rotation = principal_rotation(read_moments(model, pixel_values))
@@ -85,6 +89,11 @@ def rotate_channels(model: MoNEForImageClassification | MoNEModel, rotation: tor
     base = model.base_model
     has_classifier = isinstance(getattr(model, "classifier", None), nn.Linear)
     if isinstance(base.layernorm, nn.LayerNorm):
+        if not has_classifier:
+            logger.warning(
+                "Without a classifier to take them, scale and shift of the last norm are lost: last_hidden_state and "
+                "pooler_output are no longer the source's features, but a start for training."
+            )
         fold_norm(base.layernorm, [model.classifier] if has_classifier else [])
 
     for module in model.modules():

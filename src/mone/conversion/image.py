@@ -12,12 +12,13 @@ from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedModel
 from ..configuration_mone import as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
+from .calibration import check_untrained
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
 from .sources import check_source, load_all, load_pretrained, read_weights
 from .state_dicts import infer_config
 from .timm_vits import from_timm
-from .tower import LABEL_FIELDS, Tower, build_image_model
+from .tower import LABEL_FIELDS, Tower, build_image_model, start_new_classifier
 from .transformers_vits import from_transformers
 
 
@@ -54,7 +55,8 @@ def mone_from_vit(
         revision, token, cache_dir: for the Hub, as in `from_pretrained`.
         config: fields of [`MoNEConfig`] to set, such as `num_experts`, `router_layers` or `capacity`. Another
             `image_size` resizes the positions; labels (`num_labels`, `id2label`) of another number bring a new
-            classifier; without one, `pooling` may change, too: with "mean" the class token becomes a register.
+            classifier, which starts at zero; without one, `pooling` may change, too: with "mean" the class token
+            becomes a register.
 
     Returns:
         The model; in evaluation mode, unless the source is a model in training.
@@ -108,13 +110,30 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     Args:
         source: a folder, a name on the Hub or a file of weights.
         options: as in [`mone_from_vit`].
+
+    Raises:
+        ValueError: as in [`mone_from_vit`]; or if trained routers would come to other layers.
     """
     config = check_source(source, **_hub(options))
     if config is None or config.model_type != "mone":
         return mone_from_vit(source, **options)
     size = options.pop("image_size", None)
-    # Another number of classes than the checkpoint's gets a new classifier.
-    model = load_all(MoNEForImageClassification, source, re.compile(r"^classifier\."), **options)
+    labels = {"num_labels", "id2label"} & set(options)
+    count = len(options["id2label"]) if "id2label" in options else options.get("num_labels", config.num_labels)
+    has_classifier = config.architectures != [MoNEModel.__name__]
+    new_classifier = bool(labels) if not has_classifier else count != config.num_labels
+    model_class = MoNEForImageClassification if has_classifier or new_classifier else MoNEModel
+    model = load_all(model_class, source, re.compile(r"^classifier\." if new_classifier else r"(?!)"), **options)
+    if new_classifier:
+        start_new_classifier(model)
+    if tuple(model.config.router_layers) != tuple(config.router_layers):
+        try:
+            check_untrained(model)
+        except ValueError as error:
+            raise ValueError(
+                f"router_layers={tuple(model.config.router_layers)}: the routers of {source} were trained in layers "
+                f"{tuple(config.router_layers)}. {error}"
+            ) from None
     if size is not None:
         resize_image_model(model, size)
     return model

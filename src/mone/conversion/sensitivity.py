@@ -35,7 +35,14 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
 
     Args:
         pixel_values: (B, C, height, width).
+
+    Raises:
+        ValueError: no images, or values that are not finite.
     """
+    if len(pixel_values) == 0 or not pixel_values.isfinite().all():
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)} must be at least one image of finite values."
+        )
     norms = [norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)]
     prefix = model.config.num_prefix_tokens
     training = model.training

@@ -100,9 +100,17 @@ def build_image_model(
         weights = {k if k.startswith("classifier.") else f"mone.{k}": v for k, v in weights.items()}
     new = ("routers.", "mone.routers.") if has_head else ("routers.", "mone.routers.", "classifier.")
     load(model, weights, new, tower.name)
+    if model_class is MoNEForImageClassification and not has_head:
+        start_new_classifier(model)
     if tower.left:
         logger.warning("Left behind of %s, since a MoNE has no such part: %s", tower.name, ", ".join(tower.left))
     return model
+
+
+def start_new_classifier(model: MoNEForImageClassification) -> None:
+    """All zeros, as Scenic's fine-tuning starts it: it prefers no class and, to `calibrate`, is none."""
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
 
 
 @torch.no_grad()

@@ -328,6 +328,8 @@ def train_and_evaluate(
     Returns:
         All metrics; they are also saved in the output folder.
     """
+    if args.do_train:
+        model.float()  # whatever the checkpoint is in: AdamW's steps are lost in half precision
     trainer = MoNETrainer(
         model=model,
         args=args,
