@@ -41,6 +41,7 @@ from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
     DataArguments,
     ModelArguments,
+    check_classifier,
     label_fields,
     make_examples,
     parse_arguments,
@@ -117,6 +118,8 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
         model, processor = load_image_model_and_processor(checkpoint, **model_args.hub, **fields)
         if model_args.calibrate:
             check_untrained(model)
+        if not training_args.do_train:
+            check_classifier(model, checkpoint)
     size = as_pair(model.config.image_size)
     if model_args.resize is not None:
         resize_and_crop(processor, model_args.resize, size)

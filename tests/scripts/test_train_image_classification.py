@@ -140,6 +140,21 @@ def test_a_checkpoint_of_another_family(tmp_path, parquet):
     assert (model.config.pooling, model.classifier.in_features) == ("cls_mean", 64)
 
 
+def test_a_checkpoint_without_a_classifier_is_not_evaluated(tmp_path, parquet):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    names = {str(i): i for i in range(10)}
+    config = Dinov2Config(**sizes, label2id=names, id2label={i: name for name, i in names.items()})
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    BitImageProcessor(size=32, crop_size=32).save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(ValueError, match="dinov2 has no trained classifier to evaluate"):
+        script.main(
+            [
+                *(*parquet, "--model_name_or_path", str(tmp_path / "dinov2"), "--output_dir", str(tmp_path / "out")),
+                *("--do_eval", "--cache_dir", str(tmp_path / "cache"), *QUIET),
+            ]
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_checkpoint_is_trained_in_float32(tmp_path, parquet, dtype):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}

@@ -263,6 +263,13 @@ def start_classifier(model: PreTrainedModel, bias: float | None) -> None:
             model.classifier.bias.fill_(bias)
 
 
+def check_classifier(model: PreTrainedModel, source: str) -> None:
+    """Raise ValueError before a classifier is evaluated that `source` did not have, which shows in its zeros."""
+    weight = model.classifier.weight
+    if weight.numel() and not weight.any():  # none of it here: ZeRO-3 has sharded it
+        raise ValueError(f"{source} has no trained classifier to evaluate. Train one with --do_train.")
+
+
 def make_examples(
     model: PreTrainedModel,
     splits: dict[str, Split],
