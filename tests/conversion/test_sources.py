@@ -181,6 +181,22 @@ def test_a_key_of_another_shape_is_named(folder):
         mone_from_vit(folder)
 
 
+@pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone."])
+def test_the_keys_of_a_state_dict_with_a_prefix_are_listed(name, prefix):
+    state = {f"{prefix}{key}": value for key, value in make_vit(name).state_dict().items()}
+    with pytest.raises(ValueError, match=rf"Missing: \[.*'embeddings\.pos.*; without counterpart: \['{prefix}"):
+        mone_from_vit(state, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_weights_of_a_mone_without_its_config(tmp_path, pooling):
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    MoNEForImageClassification(MoNEConfig(**config, image_size=32, pooling=pooling)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mone\.embeddings\.patch_embeddings\.projection\.weight"):
+        mone_from_vit(tmp_path / "model.safetensors", num_attention_heads=2)
+
+
 def test_an_architecture_that_nobody_knows(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "perceptron3000"}))
     with pytest.raises(ValueError, match="perceptron3000"):
