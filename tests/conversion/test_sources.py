@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,15 +22,20 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vits import dense_output, make_vit, randomise
 
-from mone import MoNEConfig, MoNEForImageClassification
+from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig
 from mone.conversion import (
     check_source,
+    fit_image_processor,
     load_image_model,
     load_image_model_and_processor,
+    load_image_processor,
+    make_video_processor,
     mone_from_vit,
     order_channels,
+    processors,
 )
 from mone.conversion.onnx_dinov2 import read_onnx
 
@@ -281,6 +287,69 @@ def test_a_source_without_a_processor_gets_one_and_says_so(folder, caplog):
     assert "has no image processor" in caplog.text
     image = np.zeros((40, 30, 3), dtype=np.uint8)
     assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+
+
+def test_a_processor_that_is_cut_short_is_no_missing_one(folder):
+    BitImageProcessor().save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(file.read_text()[:40])
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(OSError, match=r"processor of .*deit.* cannot be loaded: .*preprocessor_config\.json"):
+            load_image_processor(source)
+    file.write_text(json.dumps({"image_processor_type": "PerceptronImageProcessor"}))
+    with pytest.raises(OSError, match=r"image processor of .*deit cannot be loaded: .*image.processor"):
+        load_image_processor(folder)
+
+
+def test_a_processor_inside_the_config_of_another(folder):
+    """As transformers 5 saves that of CLIP with its tokeniser; a config without one is no image processor."""
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert load_image_processor(folder) is None
+    file.write_text(json.dumps({"image_processor": BitImageProcessor(image_mean=[0.1, 0.2, 0.3]).to_dict()}))
+    assert list(load_image_processor(folder).image_mean) == [0.1, 0.2, 0.3]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Lets the Hub answer with an error for every file."""
+
+    def answer(error):
+        def hf_hub_download(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(processors, "hf_hub_download", hf_hub_download)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "error", [LocalEntryNotFoundError("no connection"), OSError("503 Server Error"), ValueError("no id")]
+)
+def test_a_processor_that_cannot_be_fetched_is_no_missing_one(hub, monkeypatch, error):
+    hub(error)
+    monkeypatch.setattr(processors, "is_offline_mode", lambda: False)
+    with pytest.raises(OSError, match=rf"The image processor of some/vit cannot be loaded: {error}"):
+        load_image_processor("some/vit", revision="main")
+
+
+def test_a_processor_that_the_hub_does_not_have(hub):
+    hub(EntryNotFoundError("404"))
+    assert load_image_processor("some/vit") is None
+
+
+def test_a_processor_that_is_not_cached_counts_as_missing_offline(hub, monkeypatch):
+    hub(LocalEntryNotFoundError("not cached"))
+    monkeypatch.setattr(processors, "is_offline_mode", lambda: True)
+    assert load_image_processor("some/vit") is None
+
+
+def test_a_video_processor_normalises_as_the_new_image_processor(caplog):
+    config = MoNEViViTConfig(image_size=32)
+    processor = make_video_processor(config, fit_image_processor(None, "dinov2.onnx", config))
+    assert list(processor.image_mean) == list(IMAGENET_DEFAULT_MEAN)
+    assert list(processor.image_std) == list(IMAGENET_DEFAULT_STD)
+    assert "dinov2.onnx has no image processor" in caplog.text
 
 
 def test_the_processor_of_clip(tmp_path):
