@@ -78,13 +78,15 @@ def main(argv: list[str] | None = None) -> Path:
         # Known before the routers are fitted.
         fields = {name: overrides[name] for name in ROUTER_FIELDS if name in overrides}
         image_model = load_image_model(args.source, **hub, **fields)
-        image_processor = load_image_processor(args.source, **hub)
-        fit(image_model, image_processor, args.source, files)
+        image_processor = fit_image_processor(
+            load_image_processor(args.source, **hub), args.source, image_model.config
+        )
+        fit(image_model, image_processor, files)
         model = mone_vivit_from_mone(image_model, **overrides)
         processor = make_video_processor(model.config, image_processor)
     else:
         model, processor = load_image_model_and_processor(args.source, **hub, **overrides)
-        fit(model, processor, args.source, files)
+        fit(model, processor, files)
     write(args.destination, model, processor)
     print(f"{args.destination}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
     return args.destination
@@ -99,11 +101,11 @@ def find_images(folder: Path) -> list[Path]:
     return [files[number * len(files) // count] for number in range(count)]
 
 
-def fit(model: PreTrainedModel, processor: BaseImageProcessor | None, source: str, files: list[Path] | None) -> None:
+def fit(model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path] | None) -> None:
     """Calibrate the model if there are files of images. One that cannot be read is named and left out."""
     if files is None:
         return
-    processor, pixel_values = fit_image_processor(processor, source, model.config), []
+    pixel_values = []
     for path in files:
         try:
             with Image.open(path) as image:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -21,15 +22,20 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vits import dense_output, make_vit, randomise
 
-from mone import MoNEConfig, MoNEForImageClassification, MoNEModel
+from mone import MoNEConfig, MoNEForImageClassification, MoNEModel, MoNEViViTConfig
 from mone.conversion import (
     check_source,
+    fit_image_processor,
     load_image_model,
     load_image_model_and_processor,
+    load_image_processor,
+    make_video_processor,
     mone_from_vit,
     order_channels,
+    processors,
 )
 from mone.conversion.onnx_dinov2 import read_onnx
 
@@ -181,6 +187,22 @@ def test_a_key_of_another_shape_is_named(folder):
         mone_from_vit(folder)
 
 
+@pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone."])
+def test_the_keys_of_a_state_dict_with_a_prefix_are_listed(name, prefix):
+    state = {f"{prefix}{key}": value for key, value in make_vit(name).state_dict().items()}
+    with pytest.raises(ValueError, match=rf"Missing: \[.*'embeddings\.pos.*; without counterpart: \['{prefix}"):
+        mone_from_vit(state, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_weights_of_a_mone_without_its_config(tmp_path, pooling):
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    MoNEForImageClassification(MoNEConfig(**config, image_size=32, pooling=pooling)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mone\.embeddings\.patch_embeddings\.projection\.weight"):
+        mone_from_vit(tmp_path / "model.safetensors", num_attention_heads=2)
+
+
 def test_an_architecture_that_nobody_knows(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "perceptron3000"}))
     with pytest.raises(ValueError, match="perceptron3000"):
@@ -302,6 +324,69 @@ def test_a_source_without_a_processor_gets_one_and_says_so(folder, caplog):
     assert "has no image processor" in caplog.text
     image = np.zeros((40, 30, 3), dtype=np.uint8)
     assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+
+
+def test_a_processor_that_is_cut_short_is_no_missing_one(folder):
+    BitImageProcessor().save_pretrained(folder)
+    file = folder / "preprocessor_config.json"
+    file.write_text(file.read_text()[:40])
+    for source in (folder, folder / "model.safetensors"):
+        with pytest.raises(OSError, match=r"processor of .*deit.* cannot be loaded: .*preprocessor_config\.json"):
+            load_image_processor(source)
+    file.write_text(json.dumps({"image_processor_type": "PerceptronImageProcessor"}))
+    with pytest.raises(OSError, match=r"image processor of .*deit cannot be loaded: .*image.processor"):
+        load_image_processor(folder)
+
+
+def test_a_processor_inside_the_config_of_another(folder):
+    """As transformers 5 saves that of CLIP with its tokeniser; a config without one is no image processor."""
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert load_image_processor(folder) is None
+    file.write_text(json.dumps({"image_processor": BitImageProcessor(image_mean=[0.1, 0.2, 0.3]).to_dict()}))
+    assert list(load_image_processor(folder).image_mean) == [0.1, 0.2, 0.3]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Lets the Hub answer with an error for every file."""
+
+    def answer(error):
+        def hf_hub_download(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(processors, "hf_hub_download", hf_hub_download)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "error", [LocalEntryNotFoundError("no connection"), OSError("503 Server Error"), ValueError("no id")]
+)
+def test_a_processor_that_cannot_be_fetched_is_no_missing_one(hub, monkeypatch, error):
+    hub(error)
+    monkeypatch.setattr(processors, "is_offline_mode", lambda: False)
+    with pytest.raises(OSError, match=rf"The image processor of some/vit cannot be loaded: {error}"):
+        load_image_processor("some/vit", revision="main")
+
+
+def test_a_processor_that_the_hub_does_not_have(hub):
+    hub(EntryNotFoundError("404"))
+    assert load_image_processor("some/vit") is None
+
+
+def test_a_processor_that_is_not_cached_counts_as_missing_offline(hub, monkeypatch):
+    hub(LocalEntryNotFoundError("not cached"))
+    monkeypatch.setattr(processors, "is_offline_mode", lambda: True)
+    assert load_image_processor("some/vit") is None
+
+
+def test_a_video_processor_normalises_as_the_new_image_processor(caplog):
+    config = MoNEViViTConfig(image_size=32)
+    processor = make_video_processor(config, fit_image_processor(None, "dinov2.onnx", config))
+    assert list(processor.image_mean) == list(IMAGENET_DEFAULT_MEAN)
+    assert list(processor.image_std) == list(IMAGENET_DEFAULT_STD)
+    assert "dinov2.onnx has no image processor" in caplog.text
 
 
 def test_the_processor_of_clip(tmp_path):

@@ -1,12 +1,15 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """timm's ViTs -> MoNE: the same function at capacity 1.0."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoImageProcessor, TimmWrapperConfig
 from vits import randomise
 
-from mone import MoNEForImageClassification
-from mone.conversion import mone_from_vit
+from mone import MoNEConfig, MoNEForImageClassification
+from mone.conversion import fit_image_processor, load_image_processor, mone_from_vit
 
 
 timm = pytest.importorskip("timm")
@@ -118,6 +121,52 @@ def test_a_state_dict_does_not_show_its_heads():
 def test_a_model_of_another_kind():
     with pytest.raises(ValueError, match="ResNet cannot become a MoNE"):
         mone_from_vit(timm.create_model("resnet10t"))
+
+
+# --- image processors ----------------------------------------------------------------------------------------------
+
+SETTINGS = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
+RAMP = np.linspace(0, 255, 120 * 60 * 3).reshape(120, 60, 3).astype(np.uint8)
+
+
+def load_timm_processor(folder, **settings):
+    """The image processor of a timm checkpoint as the Hub has it."""
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224")
+    config.pretrained_cfg = {"architecture": "vit_tiny_patch16_224", **SETTINGS, **settings}
+    config.save_pretrained(folder)
+    return load_image_processor(folder)
+
+
+def assert_same_images(processor, folder, **settings):
+    """The processor, also saved and loaded, against timm's own transform."""
+    settings = {**SETTINGS, **settings}
+    expected = timm.data.create_transform(**{**settings, "input_size": tuple(settings["input_size"])})
+    processor.save_pretrained(folder)
+    for own in (processor, AutoImageProcessor.from_pretrained(folder)):
+        pixel_values = own(RAMP, return_tensors="pt").pixel_values[0]
+        torch.testing.assert_close(pixel_values, expected(Image.fromarray(RAMP)), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("crop_pct", [0.8, 1.0])  # an odd margin is halved another way, by a pixel
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_the_crop_modes_of_timm(tmp_path, crop_mode, crop_pct):
+    settings = {"crop_mode": crop_mode, "crop_pct": crop_pct}
+    processor = load_timm_processor(tmp_path, **settings)
+    assert_same_images(processor, tmp_path / "saved", **settings)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 24)])
+def test_a_squashing_processor_for_another_size(tmp_path, size):
+    settings = {"crop_mode": "squash", "crop_pct": 1.0}
+    processor = load_timm_processor(tmp_path, **settings)
+    processor = fit_image_processor(processor, tmp_path, MoNEConfig(image_size=size, patch_size=8))
+    assert_same_images(processor, tmp_path / "saved", **settings, input_size=[3, *size])
+
+
+def test_a_crop_mode_that_pads_becomes_a_crop_with_a_warning(tmp_path, caplog):
+    processor = load_timm_processor(tmp_path, crop_mode="border", crop_pct=0.9)
+    assert "timm's crop_mode='border' has no counterpart" in caplog.text
+    assert_same_images(processor, tmp_path / "saved", crop_mode="center", crop_pct=0.9)
 
 
 @pytest.mark.slow

@@ -1,10 +1,13 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """The image processor of a source, fitted to the model that is made of it."""
 
+import json
 import logging
 import math
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, ViTImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
@@ -14,26 +17,76 @@ from ..video_processing_mone import MoNEViViTVideoProcessor
 
 logger = logging.getLogger(__name__)
 
+# Files that describe an image processor: the first always, the others if they have this entry.
+PROCESSOR_FILES = {
+    "preprocessor_config.json": None,
+    "processor_config.json": "image_processor",
+    "config.json": "pretrained_cfg",  # timm's
+}
+
 
 def load_image_processor(source: str | Path, **hub) -> BaseImageProcessor | None:
-    """The image processor beside a checkpoint; None where there is none."""
-    folder = Path(source).parent if Path(source).is_file() else Path(source)
-    if folder.is_dir() and not any((folder / name).exists() for name in ("preprocessor_config.json", "config.json")):
-        return None
+    """The image processor beside a checkpoint; None where there is none.
+
+    Raises:
+        OSError: says why one that is there, or may be there, cannot be loaded.
+    """
+    place = Path(source).parent if Path(source).is_file() else source
     try:
-        processor = AutoImageProcessor.from_pretrained(folder if folder.is_dir() else source, **hub)
+        if not has_image_processor(place, **hub):
+            return None
+        processor = AutoImageProcessor.from_pretrained(place, **hub)
     except (OSError, ValueError, KeyError) as error:
-        logger.info("%s has no image processor: %s", source, error)
-        return None
+        raise OSError(f"The image processor of {source} cannot be loaded: {error}") from error
     return from_timm_settings(processor.data_config) if hasattr(processor, "data_config") else processor
 
 
+def has_image_processor(place: str | Path, **hub) -> bool:
+    """Whether a folder or a repository on the Hub has a file that describes an image processor."""
+    for name, entry in PROCESSOR_FILES.items():
+        file = find_file(place, name, **hub)
+        if file is not None and (entry is None or entry in json.loads(file.read_text(encoding="utf-8"))):
+            return True
+    return False
+
+
+def find_file(place: str | Path, name: str, **hub) -> Path | None:
+    """A file of a folder or of a repository on the Hub; None where there is none, or, offline, none in the cache.
+
+    Raises:
+        OSError: it cannot be fetched.
+    """
+    if Path(place).is_dir():
+        file = Path(place) / name
+        return file if file.exists() else None
+    try:
+        return Path(hf_hub_download(str(place), name, **hub))
+    except LocalEntryNotFoundError:  # nothing in the cache, and no word from the Hub
+        if is_offline_mode():
+            return None
+        raise
+    except EntryNotFoundError:
+        return None
+
+
 def from_timm_settings(settings: dict) -> BitImageProcessor:
-    """timm's evaluation transform as an image processor of transformers, which can be saved beside a MoNE."""
+    """timm's evaluation transform as an image processor of transformers, which can be saved beside a MoNE.
+
+    Of timm's crop modes, "squash" is the same, and so is "center" for square images. "border", which pads, becomes
+    "center", with a warning.
+    """
     height, width = settings["input_size"][1:]
+    size, mode = {"height": height, "width": width}, settings["crop_mode"]
+    resized = {k: math.floor(v / settings["crop_pct"]) for k, v in size.items()}
+    if mode not in ("center", "squash"):
+        logger.warning(
+            "timm's crop_mode=%r has no counterpart in transformers, only 'center' and 'squash' have. Images are "
+            "cropped at their centre instead: expect other predictions than timm's.",
+            mode,
+        )
     return BitImageProcessor(
-        size={"shortest_edge": math.floor(max(height, width) / settings["crop_pct"])},
-        crop_size={"height": height, "width": width},
+        size=resized if mode == "squash" else {"shortest_edge": max(resized.values())},
+        crop_size=size,
         resample=PILImageResampling[settings["interpolation"].upper()],
         image_mean=list(settings["mean"]),
         image_std=list(settings["std"]),
@@ -68,8 +121,11 @@ def fit_image_processor(
     if before == (height, width):
         return processor
     if getattr(processor, "do_center_crop", False):
+        scales = {"height": height / before[0], "width": width / before[1]}  # of a squashed image
         scale = max(height, width) / max(before)
-        processor.size = type(processor.size)(**{k: round(v * scale) for k, v in dict(processor.size).items() if v})
+        processor.size = type(processor.size)(
+            **{k: round(v * scales.get(k, scale)) for k, v in dict(processor.size).items() if v}
+        )
         processor.crop_size = type(processor.crop_size)(**size)
     else:
         processor.size = type(processor.size)(**size)
@@ -95,6 +151,7 @@ def make_video_processor(
     """A video processor for a model, which normalises as the image processor that its image model had.
 
     Args:
+        image_processor: as [`fit_image_processor`] gives it for every source; without one, as ViViT's does.
         options: of the video processor, such as `sampling`.
     """
     height, width = as_pair(config.image_size)

@@ -91,9 +91,10 @@ def build_image_model(
             )
 
     model_class = MoNEForImageClassification if has_head or new_labels else MoNEModel
+    patches = weights.get("embeddings.patch_embeddings.projection.weight")
     model = model_class._from_config(
         mone_config,
-        dtype=weights["embeddings.patch_embeddings.projection.weight"].dtype,
+        dtype=None if patches is None else patches.dtype,  # None: it is reported below
         attn_implementation=attn_implementation,
     )
     if model_class is MoNEForImageClassification:
