@@ -65,9 +65,7 @@ class CheckpointMixin:
             missing -= routers
         if not classifier:
             extra = {key for key in extra if not key.startswith("classifier.")}
-        shapes = {
-            key: f"{key} {tuple(found)} instead of {tuple(expected)}" for key, found, expected in info["mismatched_keys"]
-        }
+        shapes = {key: f"{key} {tuple(have)} instead of {tuple(want)}" for key, have, want in info["mismatched_keys"]}
         mismatched = set(shapes)
         if ignore_mismatched_sizes:
             missing, extra, mismatched = (
