@@ -132,10 +132,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
 
     if not checkpoint:
         start_classifier(model, model_args.head_bias)
-    options = {
-        "sampling": data_args.sampling,
-        "frame_sampling_rate": data_args.frame_sampling_rate,
-    }
+    options = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
     options = {name: value for name, value in options.items() if value is not None}
     if checkpoint:
         options["num_frames"] = model.config.num_frames
