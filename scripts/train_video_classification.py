@@ -16,16 +16,20 @@ import functools
 import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoVideoProcessor
+from transformers import AutoVideoProcessor
 
 from mone import MoNEViViTConfig, MoNEViViTForVideoClassification
+from mone.configuration_mone import as_pair
 from mone.conversion import (
     check_source,
+    fit_image_processor,
     load_image_model,
     load_image_processor,
     make_video_processor,
     mone_vivit_from_mone,
+    resize_and_crop,
 )
+from mone.conversion.video import load_video_model, set_labels
 from mone.data import load_video_datasets, make_video_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
@@ -103,11 +107,10 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
     if init_from:
         check_source(init_from, **model_args.hub)
     if checkpoint:
-        config = AutoConfig.from_pretrained(checkpoint, **model_args.hub)
-        if config.model_type != "mone_vivit":
-            raise ValueError(f"{checkpoint} is a {config.model_type!r} model; allowed is 'mone_vivit'.")
+        # Before the data: overrides that do not fit are found at once.
+        model = load_video_model(checkpoint, **model_args.hub, **overrides)
         if not training_args.do_train:
-            names = [config.id2label[number] for number in range(config.num_labels)]
+            names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits = load_video_datasets(
         **data_args.source(),
         video_column=data_args.video_column,
@@ -118,32 +121,28 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
         cache_dir=model_args.cache_dir,
     )
     splits = prepare_splits(splits, data_args, training_args)
-    fields = label_fields(splits, model_args.loss) | overrides
+    labels = label_fields(splits, model_args.loss)
 
     if checkpoint:
-        # Another number of classes than the checkpoint's gets a new classifier.
-        model = MoNEViViTForVideoClassification.from_pretrained(
-            checkpoint, **model_args.hub, **fields, ignore_mismatched_sizes=True
-        )
+        set_labels(model, **labels)
     elif init_from:
-        model = mone_vivit_from_mone(load_image_model(init_from, **model_args.hub), **fields)
+        model = mone_vivit_from_mone(load_image_model(init_from, **model_args.hub), **labels, **overrides)
     else:
-        model = MoNEViViTForVideoClassification(MoNEViViTConfig(**fields))
+        model = MoNEViViTForVideoClassification(MoNEViViTConfig(**labels, **overrides))
 
     if not checkpoint:
         start_classifier(model, model_args.head_bias)
-    options = {
-        "sampling": data_args.sampling,
-        "frame_sampling_rate": data_args.frame_sampling_rate,
-        "size": None if model_args.resize is None else {"shortest_edge": model_args.resize},
-    }
+    options = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
     options = {name: value for name, value in options.items() if value is not None}
     if checkpoint:
         options["num_frames"] = model.config.num_frames
         processor = AutoVideoProcessor.from_pretrained(checkpoint, **model_args.hub, **options)
+        processor = fit_image_processor(processor, checkpoint, model.config)
     else:
         image_processor = load_image_processor(init_from, **model_args.hub) if init_from else None
         processor = make_video_processor(model.config, image_processor, **options)
+    if model_args.resize is not None:
+        resize_and_crop(processor, model_args.resize, as_pair(model.config.image_size))
     transforms = functools.partial(
         make_video_transforms,
         processor,

@@ -19,6 +19,7 @@ from mone import (
     MoNEViViTForVideoClassification,
     MoNEViViTModel,
 )
+from mone.routing import Router
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -96,6 +97,20 @@ class TestWhatDoesNotFit:
         message = r"of another shape: mone\.layers\.1\.mlp\.fc1\.weight \(64, 16\) instead of \(64, 32\)"
         with pytest.raises(ValueError, match=message):
             MoNEForImageClassification.from_pretrained(folder / "image")
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"image_size": 24}, r"position_embeddings \(1, 16, 32\) instead of \(1, 36, 32\)"),
+            ({"num_frames": 8}, r"temporal\.position_embeddings \(1, 2, 32\) instead of \(1, 4, 32\)"),
+            ({"intermediate_size": 32}, r"fc1\.weight \(64, 32\) instead of \(32, 32\)"),
+        ],
+    )
+    def test_another_shape_than_that_of_classifier_and_routers_is_never_ignored(self, originals, config, message):
+        for options in ({}, {"ignore_mismatched_sizes": True, "num_labels": 7, "num_experts": 3}):
+            with pytest.raises(ValueError, match=message) as error:
+                MoNEViViTForVideoClassification.from_pretrained(originals / "video", **config, **options)
+            assert "Pass ignore_mismatched_sizes" not in str(error.value)
 
     def test_a_classifier_that_the_checkpoint_should_have(self, folder):
         change(folder / "image", classifier__bias=None)
@@ -176,6 +191,28 @@ class TestWhatMayDiffer:
             originals / "image", router_type="random", ignore_mismatched_sizes=True
         )
         assert same_weights(random.mone.layers, old.mone.layers)
+
+    @pytest.mark.parametrize(
+        ("cls", "name", "encoder"),
+        [
+            (MoNEForImageClassification, "image", "mone"),
+            (MoNEViViTForVideoClassification, "video", "mone_vivit__spatial"),
+        ],
+    )
+    def test_a_router_is_new_as_a_whole(self, folder, cls, name, encoder):
+        def load(**config):
+            model = cls.from_pretrained(folder / name, ignore_mismatched_sizes=True, **config)
+            (router,) = (module for module in model.modules() if isinstance(module, Router))
+            return router
+
+        alpha, bias = f"{encoder}__routers__0__alpha", f"{encoder}__routers__0__proj__bias"
+        change(folder / name, **{alpha: torch.tensor([0.3]), bias: torch.ones(4)})
+        assert load().alpha.item() == pytest.approx(0.3)
+        new = load(num_experts=3)
+        assert new.proj.weight.shape == (3, 32)
+        assert new.alpha.item() == 0, "a trained alpha is no gate for a random projection"
+        change(folder / name, **{alpha: None})
+        assert not load().proj.bias.any()
 
     def test_weights_given_as_a_state_dict(self):
         model = make_model(1)

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
-from mone import MoNEViViTForVideoClassification, MoNEViViTVideoProcessor, count_macs
+from mone import MoNEViViTConfig, MoNEViViTForVideoClassification, MoNEViViTVideoProcessor, count_macs
 from mone.conversion import mone_from_vit
 
 
@@ -165,5 +165,63 @@ def test_an_image_model_is_no_video_checkpoint(tmp_path, clips):
             [
                 *("--train_dir", str(clips / "train"), "--model_name_or_path", str(tmp_path), "--do_train"),
                 *("--output_dir", str(tmp_path / "out"), *QUIET),
+            ]
+        )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A video model of three classes, with a gate that is open."""
+    torch.manual_seed(0)
+    fields = script.parse_overrides(TINY, MoNEViViTConfig)
+    model = MoNEViViTForVideoClassification(MoNEViViTConfig(**fields, num_labels=3))
+    model.mone_vivit.spatial.routers[0].alpha.data.fill_(0.3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    MoNEViViTVideoProcessor(
+        num_frames=8, size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_for_other_labels_and_clips(tmp_path, clips, checkpoint):
+    metrics = script.main(
+        [
+            *("--model_name_or_path", str(checkpoint), "--config_overrides", "image_size=48,num_frames=4"),
+            *("--train_dir", str(clips / "train"), "--validation_dir", str(clips / "validation"), "--do_train"),
+            *("--max_steps", "1", "--learning_rate", "0", "--output_dir", str(tmp_path / "out"), *NO_AUGMENTATION),
+            *("--do_eval", "--max_train_samples", "8", "--max_eval_samples", "8", *QUIET),
+        ]
+    )
+    assert np.isfinite(metrics["eval_loss"])
+    before = MoNEViViTForVideoClassification.from_pretrained(checkpoint).state_dict()
+    model = MoNEViViTForVideoClassification.from_pretrained(tmp_path / "out")
+    assert (model.config.image_size, model.config.num_frames, model.config.num_labels) == (48, 4, 2)
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert set(changed) <= {
+        "mone_vivit.spatial.position_embeddings",
+        "mone_vivit.temporal.position_embeddings",
+        "classifier.weight",
+        "classifier.bias",
+    }
+    processor = MoNEViViTVideoProcessor.from_pretrained(tmp_path / "out")
+    assert (processor.num_frames, processor.size["shortest_edge"]) == (4, 60)
+    assert dict(processor.crop_size) == {"height": 48, "width": 48}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("intermediate_size=32", r"fc1\.weight \(64, 32\) instead of \(32, 32\)"),
+        ("num_experts=3", r"routers\.0\.proj\.weight \(4, 32\) instead of \(3, 32\)"),
+        ("num_frames=6", r"num_frames=6 must be a positive multiple of tubelet_size\[0\]=4"),
+    ],
+)
+def test_overrides_that_do_not_fit_a_checkpoint_are_found_before_the_data(tmp_path, checkpoint, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        script.main(
+            [
+                *("--model_name_or_path", str(checkpoint), "--config_overrides", overrides, "--train_dir", "no/such"),
+                *("--do_train", "--output_dir", str(tmp_path / "out"), *QUIET),
             ]
         )

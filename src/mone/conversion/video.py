@@ -1,11 +1,18 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Image MoNE -> video MoNE."""
+"""Image MoNE -> video MoNE, and a video MoNE for other clips and labels."""
+
+import copy
+import re
+from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import AutoConfig
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
-from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
+from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
+from .sources import load_all
 from .tower import LABEL_FIELDS, check_fields
 
 
@@ -25,31 +32,38 @@ def mone_vivit_from_mone(
             patches; `pooling="mean"` leaves a class token away.
 
     Raises:
-        TypeError: for a name that is no field.
-        ValueError: names the weights for which the image model has none of the same shape.
+        TypeError: for a name that is no field, or a model that is no image model.
+        ValueError: names the weights for which the image model has none of the same shape, or the fields for which
+            its trained or calibrated routers would be lost.
     """
+    if not isinstance(image_model, (MoNEForImageClassification, MoNEModel)):
+        raise TypeError(
+            f"{type(image_model).__name__} is no image model; allowed are MoNEForImageClassification and MoNEModel."
+        )
     known = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
     check_fields(config, known, "MoNEViViTConfig")
     source = image_model.config
     of_image = {name: getattr(source, name) for name in MoNEConfig.__annotations__ if name != "patch_size"}
     tubelet_size = (2, *as_pair(source.patch_size))
+    video_config = MoNEViViTConfig(**{**of_image, "tubelet_size": tubelet_size, **config})
+    keeps_routers = check_routers(image_model, video_config)
     model = MoNEViViTForVideoClassification._from_config(
-        MoNEViViTConfig(**{**of_image, "tubelet_size": tubelet_size, **config}),
+        video_config,
         attn_implementation=source._attn_implementation,
         dtype=image_model.dtype,
     )
     video, image = model.mone_vivit, image_model.base_model
-    if video.spatial.num_prefix > image.embeddings.num_prefix:
+    if video.spatial.num_cls > image.embeddings.num_cls:
         raise ValueError("pooling='cls' needs an image model that has a class token; pooling='mean' does not.")
 
     weights = {
         f"spatial.{name}": value for name, value in image.state_dict().items() if not name.startswith("embeddings.")
     }
-    if model.config.router_layers != source.router_layers or model.config.num_experts != source.num_experts:
+    if not keeps_routers:
         weights = {name: value for name, value in weights.items() if not name.startswith("spatial.routers.")}
     positions = image.embeddings.interpolate_positions(patch_grid(model.config, as_pair(model.config.image_size)))
-    weights["spatial.position_embeddings"] = positions[:, image.embeddings.num_prefix - video.spatial.num_prefix :]
-    if video.spatial.num_prefix:
+    weights["spatial.position_embeddings"] = positions[:, image.embeddings.num_cls - video.spatial.num_cls :]
+    if video.spatial.num_cls:
         weights["spatial.cls_token"] = image.embeddings.cls_token
     patches = image.embeddings.patch_embeddings.projection
     time = model.config.tubelet_size[0]
@@ -68,3 +82,104 @@ def mone_vivit_from_mone(
         torch.nn.init.zeros_(model.classifier.weight)
         torch.nn.init.zeros_(model.classifier.bias)
     return model.to(image_model.device).train(image_model.training)
+
+
+def check_routers(image_model: MoNEForImageClassification | MoNEModel, config: MoNEViViTConfig) -> bool:
+    """Whether a video model of `config` can have the image model's routers.
+
+    Raises:
+        ValueError: it cannot, and they are trained or calibrated; names the fields that differ.
+    """
+    have, want = (
+        {
+            "router_layers": tuple(fields.router_layers),
+            "num_experts": fields.num_experts,
+            "router_type": fields.router_type,
+        }
+        for fields in (image_model.config, config)
+    )
+    differing = [name for name in have if have[name] != want[name]]
+    # Training moves alpha from 0, and calibration the biases; only the weights start at random.
+    parameters = image_model.base_model.routers.named_parameters()
+    fitted = any(value.any() for name, value in parameters if not name.endswith(".weight"))
+    if differing and fitted:
+        raise ValueError(
+            f"The image model's routers are trained or calibrated and would be lost with "
+            f"{', '.join(f'{name}={want[name]!r}' for name in differing)}; allowed is the image model's own "
+            f"{', '.join(f'{name}={have[name]!r}' for name in differing)}."
+        )
+    return not differing
+
+
+def load_video_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    **config,
+) -> MoNEViViTForVideoClassification:
+    """A video MoNE from its own checkpoint, with other fields where they fit its weights.
+
+    Another `image_size` or `num_frames` resizes its positions, once and for all; another number of labels brings a
+    new classifier.
+
+    Args:
+        source: a folder or a name on the Hub.
+        revision, token, cache_dir: for the Hub, as in `from_pretrained`.
+        config: fields of [`MoNEViViTConfig`] to set.
+
+    Raises:
+        ValueError: another kind of model; fields that are not allowed; or lists the weights that are missing, too
+            many or of another shape.
+    """
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    model_type = AutoConfig.from_pretrained(source, **hub).model_type
+    if model_type != "mone_vivit":
+        raise ValueError(f"{source} is a {model_type!r} model; allowed is 'mone_vivit'.")
+    sizes = {name: config.pop(name) for name in ("image_size", "num_frames") if name in config}
+    model = load_all(MoNEViViTForVideoClassification, source, re.compile(r"^classifier\."), **hub, **config)
+    resize_video_model(model, **sizes)
+    return model
+
+
+@torch.no_grad()
+def resize_video_model(model: MoNEViViTForVideoClassification, **sizes) -> None:
+    """Let a model take clips of another size or length, in place: its positions are resized, once and for all.
+
+    Those in space bicubically, as for images; those in time linearly.
+
+    Args:
+        sizes: `image_size` in pixels, (height, width) or one number for both; `num_frames`.
+
+    Raises:
+        ValueError: one that the tubelets do not divide.
+    """
+    changed = copy.deepcopy(model.config)
+    changed.update(sizes)
+    changed.check()
+    model.config.update(sizes)
+    spatial, temporal = model.base_model.spatial, model.base_model.temporal
+    grid = patch_grid(changed, as_pair(changed.image_size))
+    spatial.position_embeddings = nn.Parameter(spatial.interpolate_positions(grid).clone())
+    spatial.grid = grid
+    time = changed.num_frames // changed.tubelet_size[0]
+    cls_token, times = temporal.position_embeddings.tensor_split([temporal.num_cls], dim=1)
+    # float32, as in `resize_positions`.
+    times = nn.functional.interpolate(times.transpose(1, 2).float(), size=time, mode="linear").transpose(1, 2)
+    temporal.position_embeddings = nn.Parameter(torch.cat([cls_token, times.to(cls_token.dtype)], dim=1))
+    temporal.grid = (1, time)
+
+
+def set_labels(model: MoNEViViTForVideoClassification, **labels) -> None:
+    """Give a model other labels, in place; another number of them brings a new classifier.
+
+    Args:
+        labels: `id2label`, `label2id` and `problem_type`, as in a config.
+    """
+    before = model.config.num_labels
+    model.config.update(labels)
+    if model.config.num_labels != before:
+        model.num_labels = model.config.num_labels
+        model.classifier = make_classifier(model.config).to(model.device, model.dtype)
+        model._init_weights(model.classifier)
