@@ -25,16 +25,18 @@ from mone.conversion import (
     fit_image_processor,
     load_image_model,
     load_image_processor,
+    load_video_model,
     make_video_processor,
     mone_vivit_from_mone,
     resize_and_crop,
+    set_labels,
 )
-from mone.conversion.video import load_video_model, set_labels
 from mone.data import load_video_datasets, make_video_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
     DataArguments,
     ModelArguments,
+    check_classifier,
     label_fields,
     make_examples,
     parse_arguments,
@@ -110,6 +112,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
         # Before the data: overrides that do not fit are found at once.
         model = load_video_model(checkpoint, **model_args.hub, **overrides)
         if not training_args.do_train:
+            check_classifier(model, checkpoint)
             names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     splits = load_video_datasets(
         **data_args.source(),
@@ -139,7 +142,10 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
         processor = AutoVideoProcessor.from_pretrained(checkpoint, **model_args.hub, **options)
         processor = fit_image_processor(processor, checkpoint, model.config)
     else:
-        image_processor = load_image_processor(init_from, **model_args.hub) if init_from else None
+        image_processor = None
+        if init_from:
+            image_processor = load_image_processor(init_from, **model_args.hub)
+            image_processor = fit_image_processor(image_processor, init_from, model.config)
         processor = make_video_processor(model.config, image_processor, **options)
     if model_args.resize is not None:
         resize_and_crop(processor, model_args.resize, as_pair(model.config.image_size))

@@ -3,11 +3,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from vits import make_vit
 
-from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTForVideoClassification
-from mone.conversion import calibrate, mone_from_vit, mone_vivit_from_mone
-from mone.conversion.video import load_video_model, resize_video_model, set_labels
+from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTForVideoClassification, MoNEViViTModel
+from mone.conversion import calibrate, load_video_model, mone_from_vit, mone_vivit_from_mone, set_labels
+from mone.conversion.video import resize_video_model
 
 
 def image_model(alpha=0.4, **config) -> MoNEForImageClassification:
@@ -227,5 +228,17 @@ def test_other_labels(video, tmp_path):
     video.bfloat16()
     set_labels(video, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
     assert (video.classifier.weight.shape, video.classifier.weight.dtype) == ((2, 32), torch.bfloat16)
-    assert not video.classifier.bias.any()
+    assert not any(parameter.any() for parameter in video.classifier.parameters())
     assert (video.num_labels, video.config.num_labels) == (2, 2)
+
+
+def test_a_video_model_without_its_classifier(video, tmp_path):
+    """One that never had one gets one of zeros; one that lost it is an error."""
+    MoNEViViTModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "headless")
+    model = load_video_model(tmp_path / "headless")
+    assert not any(parameter.any() for parameter in model.classifier.parameters())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"Missing: \['classifier\.weight'\]"):
+        load_video_model(tmp_path)

@@ -108,7 +108,7 @@ def build_image_model(
     return model
 
 
-def start_new_classifier(model: MoNEForImageClassification) -> None:
+def start_new_classifier(model: torch.nn.Module) -> None:
     """All zeros, as Scenic's fine-tuning starts it: it prefers no class and, to `calibrate`, is none."""
     torch.nn.init.zeros_(model.classifier.weight)
     torch.nn.init.zeros_(model.classifier.bias)

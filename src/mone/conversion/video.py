@@ -11,9 +11,9 @@ from transformers import AutoConfig
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
-from ..modeling_mone_vivit import MoNEViViTForVideoClassification
+from ..modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
 from .sources import load_all
-from .tower import LABEL_FIELDS, check_fields
+from .tower import LABEL_FIELDS, check_fields, start_new_classifier
 
 
 @torch.no_grad()
@@ -79,8 +79,7 @@ def mone_vivit_from_mone(
     if missing or result.unexpected_keys:
         raise ValueError(f"Weights of the image model missing: {missing}; too many: {result.unexpected_keys}.")
     if model.config.num_labels > 0:
-        torch.nn.init.zeros_(model.classifier.weight)
-        torch.nn.init.zeros_(model.classifier.bias)
+        start_new_classifier(model)
     return model.to(image_model.device).train(image_model.training)
 
 
@@ -122,7 +121,7 @@ def load_video_model(
     """A video MoNE from its own checkpoint, with other fields where they fit its weights.
 
     Another `image_size` or `num_frames` resizes its positions, once and for all; another number of labels brings a
-    new classifier.
+    new classifier, which starts at zero.
 
     Args:
         source: a folder or a name on the Hub.
@@ -134,11 +133,16 @@ def load_video_model(
             many or of another shape.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    model_type = AutoConfig.from_pretrained(source, **hub).model_type
-    if model_type != "mone_vivit":
-        raise ValueError(f"{source} is a {model_type!r} model; allowed is 'mone_vivit'.")
+    before = AutoConfig.from_pretrained(source, **hub)
+    if before.model_type != "mone_vivit":
+        raise ValueError(f"{source} is a {before.model_type!r} model; allowed is 'mone_vivit'.")
     sizes = {name: config.pop(name) for name in ("image_size", "num_frames") if name in config}
-    model = load_all(MoNEViViTForVideoClassification, source, re.compile(r"^classifier\."), **hub, **config)
+    count = len(config["id2label"]) if "id2label" in config else config.get("num_labels", before.num_labels)
+    new_classifier = count != before.num_labels or before.architectures == [MoNEViViTModel.__name__]
+    left = re.compile(r"^classifier\." if new_classifier else r"(?!)")
+    model = load_all(MoNEViViTForVideoClassification, source, left, **hub, **config)
+    if new_classifier:
+        start_new_classifier(model)
     resize_video_model(model, **sizes)
     return model
 
@@ -182,4 +186,4 @@ def set_labels(model: MoNEViViTForVideoClassification, **labels) -> None:
     if model.config.num_labels != before:
         model.num_labels = model.config.num_labels
         model.classifier = make_classifier(model.config).to(model.device, model.dtype)
-        model._init_weights(model.classifier)
+        start_new_classifier(model)
