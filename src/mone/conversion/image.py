@@ -1,7 +1,6 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Any plain pre-norm ViT -> MoNE."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .calibration import check_untrained
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
-from .sources import check_source, load_all, load_pretrained, read_weights
+from .sources import NOTHING, check_source, load_all, load_classifier, load_pretrained, read_weights
 from .state_dicts import infer_config
 from .timm_vits import from_timm
-from .tower import LABEL_FIELDS, Tower, build_image_model, start_new_classifier
+from .tower import LABEL_FIELDS, Tower, build_image_model
 from .transformers_vits import from_transformers
 
 
@@ -118,14 +117,10 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     if config is None or config.model_type != "mone":
         return mone_from_vit(source, **options)
     size = options.pop("image_size", None)
-    labels = {"num_labels", "id2label"} & set(options)
-    count = len(options["id2label"]) if "id2label" in options else options.get("num_labels", config.num_labels)
-    has_classifier = config.architectures != [MoNEModel.__name__]
-    new_classifier = bool(labels) if not has_classifier else count != config.num_labels
-    model_class = MoNEForImageClassification if has_classifier or new_classifier else MoNEModel
-    model = load_all(model_class, source, re.compile(r"^classifier\." if new_classifier else r"(?!)"), **options)
-    if new_classifier:
-        start_new_classifier(model)
+    if config.architectures == [MoNEModel.__name__] and not {"num_labels", "id2label"} & set(options):
+        model = load_all(MoNEModel, source, NOTHING, **options)
+    else:
+        model = load_classifier(MoNEForImageClassification, source, config, MoNEModel, **options)
     if tuple(model.config.router_layers) != tuple(config.router_layers):
         try:
             check_untrained(model)

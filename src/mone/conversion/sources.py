@@ -21,11 +21,14 @@ from transformers import (
 )
 
 from .onnx_dinov2 import read_onnx
+from .tower import start_new_classifier
 from .transformers_vits import LEFT, check_family
 
 
 # What readers raise for a file that is cut short or of another kind.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError)
+# For `load_all`, which finds no key then.
+NOTHING = re.compile(r"(?!)")
 
 
 def read_weights(file: Path) -> Mapping:
@@ -110,4 +113,23 @@ def load_all(model_class: type, source: str | Path, left: re.Pattern, **options)
             f"The weights of {source} do not fit {type(model).__name__}. Missing: {missing}; without counterpart: "
             f"{extra}; of another shape: {shapes}."
         )
+    return model
+
+
+def load_classifier(
+    model_class: type, source: str | Path, before: PreTrainedConfig, headless: type, **options
+) -> PreTrainedModel:
+    """[`load_all`] of a MoNE's own checkpoint as a classifier, which may be new, and starts at zero then.
+
+    It is for another number of labels in `options`, and where the checkpoint is of a model without one.
+
+    Args:
+        before: the checkpoint's config.
+        headless: the class of models without a classifier.
+    """
+    count = len(options["id2label"]) if "id2label" in options else options.get("num_labels", before.num_labels)
+    new = count != before.num_labels or before.architectures == [headless.__name__]
+    model = load_all(model_class, source, re.compile(r"^classifier\.") if new else NOTHING, **options)
+    if new:
+        start_new_classifier(model)
     return model

@@ -2,7 +2,6 @@
 """Image MoNE -> video MoNE, and a video MoNE for other clips and labels."""
 
 import copy
-import re
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from transformers import AutoConfig
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
-from .sources import load_all
+from .sources import load_classifier
 from .tower import LABEL_FIELDS, check_fields, start_new_classifier
 
 
@@ -137,12 +136,7 @@ def load_video_model(
     if before.model_type != "mone_vivit":
         raise ValueError(f"{source} is a {before.model_type!r} model; allowed is 'mone_vivit'.")
     sizes = {name: config.pop(name) for name in ("image_size", "num_frames") if name in config}
-    count = len(config["id2label"]) if "id2label" in config else config.get("num_labels", before.num_labels)
-    new_classifier = count != before.num_labels or before.architectures == [MoNEViViTModel.__name__]
-    left = re.compile(r"^classifier\." if new_classifier else r"(?!)")
-    model = load_all(MoNEViViTForVideoClassification, source, left, **hub, **config)
-    if new_classifier:
-        start_new_classifier(model)
+    model = load_classifier(MoNEViViTForVideoClassification, source, before, MoNEViViTModel, **hub, **config)
     resize_video_model(model, **sizes)
     return model
 
