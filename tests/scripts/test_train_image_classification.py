@@ -216,6 +216,13 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused_before_data_are_read(t
         )
 
 
+def wait_for_checkpoint(folder, process):
+    deadline = time.monotonic() + 300
+    while not (folder / "trainer_state.json").exists():  # the last file of a checkpoint
+        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
     """SIGKILL in the middle, the same command again: the parameters of a run that was never killed."""
     arguments = [
@@ -228,11 +235,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
     command = [sys.executable, str(ROOT / "scripts" / "train_image_classification.py"), *arguments]
     command += ["--output_dir", str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    # trainer_state.json is the last file of a checkpoint.
-    while not (tmp_path / "killed" / "checkpoint-25" / "trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "no checkpoint was written"
-        time.sleep(0.02)
+    wait_for_checkpoint(tmp_path / "killed" / "checkpoint-25", process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "model.safetensors").exists(), "killed too late to show anything"
@@ -241,6 +244,23 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, parquet):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
     for name, value in weights[0].items():
         assert np.array_equal(value.numpy(), weights[1][name].numpy()), name
+
+
+def test_a_signal_to_the_whole_process_group_saves_a_checkpoint(tmp_path, parquet):
+    """As a job scheduler sends it: the processes that read the data get it, too."""
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "train_image_classification.py"), *parquet, "--do_train"),
+        *("--config_overrides", TINY, "--num_train_epochs", "1000", "--save_steps", "25", *QUIET),
+        *("--dataloader_num_workers", "2", "--dataloader_persistent_workers", "--cache_dir", str(tmp_path / "cache")),
+        *("--output_dir", str(tmp_path)),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_checkpoint(tmp_path / "checkpoint-25", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert "Training was stopped by SIGTERM at step" in errors, errors[-3000:]
+    step = int(errors.split("Training was stopped by SIGTERM at step ")[1].split(".")[0])
+    assert f"The last complete checkpoint is {tmp_path / f'checkpoint-{step}'}." in errors
 
 
 @pytest.mark.parametrize(

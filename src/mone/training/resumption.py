@@ -2,6 +2,7 @@
 """Checkpoints that survive a full disk, a kill and a signal, and that another number of processes can take up."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -100,6 +101,34 @@ class Interruption:
             raise KeyboardInterrupt(signal.Signals(number).name)
         self.signal = signal.Signals(number)
         logger.warning("%s: training stops after this step. Once more stops at once.", self.signal.name)
+
+
+def protect_workers(loader: torch.utils.data.DataLoader) -> torch.utils.data.DataLoader:
+    """Let the processes that read data for `loader` outlive a signal to all of a job, so that it can stop in order.
+
+    Schedulers and terminals send one to every process, and PyTorch raises an error when one of its workers has died.
+    SIGTERM from the loader's own process still ends them. So does SIGTERM from others where they were not forked but
+    spawned (macOS, Windows, or on demand): threads of libraries take it there, and Python does not see the sender.
+    """
+    own = getattr(loader, "base_dataloader", loader)  # Accelerate's hands reading on
+    if getattr(own.worker_init_fn, "func", None) is not _start_worker:  # Trainer keeps loaders with lasting workers
+        own.worker_init_fn = functools.partial(_start_worker, own.worker_init_fn)
+    return loader
+
+
+def _start_worker(worker_init_fn, worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+    if worker_init_fn is not None:
+        worker_init_fn(worker_id)
+
+
+def _end_by_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 # Trainer keeps an optimiser's state by the numbers of the parameters, in optimizer.pt; under FSDP2, with full state

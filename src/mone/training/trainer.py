@@ -37,6 +37,7 @@ from .resumption import (
     describe_last_checkpoint,
     load_model,
     load_optimizer,
+    protect_workers,
     writing_checkpoint,
 )
 from .schedules import PAPER_GRID, CapacitySchedule, capacity_range, is_dense, steps_for_budget
@@ -224,7 +225,7 @@ class MoNETrainer(Trainer):
         """As Trainer's. A stream, which knows its process, is not split once more."""
         data, args = self.train_dataset, self.args
         if not isinstance(data, LabelledStream):
-            return super().get_train_dataloader()
+            return protect_workers(super().get_train_dataloader())
         loader = torch.utils.data.DataLoader(
             data,
             batch_size=data.batch_size,
@@ -235,13 +236,16 @@ class MoNETrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return prepare_data_loader(
-            loader,
+            protect_workers(loader),
             self.accelerator.device,
             num_processes=1,
             process_index=0,
             put_on_device=True,
             dispatch_batches=False,
         )
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return protect_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         return super().get_batch_samples(self._statistics.timed(epoch_iterator), num_batches, device)
