@@ -516,6 +516,11 @@ class PositionedTokens(nn.Module):
             return self.position_embeddings
         return resize_positions(self.position_embeddings, self.grid, grid, self.antialias)
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Interpolate the positions for a grid of (rows, columns) once and for all."""
+        self.position_embeddings = nn.Parameter(self.interpolate_positions(grid).detach().clone())
+        self.grid = grid
+
 
 def resize_positions(
     positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool

@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Any plain pre-norm ViT -> MoNE."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -134,7 +135,6 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     return model
 
 
-@torch.no_grad()
 def resize_image_model(model: MoNEForImageClassification | MoNEModel, image_size: int | tuple[int, int]) -> None:
     """Let a model take images of another size, in place: its positions are resized, once and for all.
 
@@ -144,16 +144,11 @@ def resize_image_model(model: MoNEForImageClassification | MoNEModel, image_size
     Raises:
         ValueError: another size.
     """
-    config, embeddings = model.config, model.base_model.embeddings
-    before, config.image_size = config.image_size, image_size
-    try:
-        config.check()
-    except ValueError:
-        config.image_size = before
-        raise
-    grid = patch_grid(config, as_pair(image_size))
-    embeddings.position_embeddings = nn.Parameter(embeddings.interpolate_positions(grid).clone())
-    embeddings.grid = grid
+    changed = copy.deepcopy(model.config)
+    changed.image_size = image_size
+    changed.check()
+    model.config.image_size = image_size
+    model.base_model.embeddings.set_grid(patch_grid(changed, as_pair(image_size)))
 
 
 def load_image_model_and_processor(

@@ -158,9 +158,7 @@ def resize_video_model(model: MoNEViViTForVideoClassification, **sizes) -> None:
     changed.check()
     model.config.update(sizes)
     spatial, temporal = model.base_model.spatial, model.base_model.temporal
-    grid = patch_grid(changed, as_pair(changed.image_size))
-    spatial.position_embeddings = nn.Parameter(spatial.interpolate_positions(grid).clone())
-    spatial.grid = grid
+    spatial.set_grid(patch_grid(changed, as_pair(changed.image_size)))
     time = changed.num_frames // changed.tubelet_size[0]
     cls_token, times = temporal.position_embeddings.tensor_split([temporal.num_cls], dim=1)
     # float32, as in `resize_positions`.
