@@ -222,12 +222,26 @@ def test_any_number_of_labels(tmp_path, cache, labels, feature):
         load_image_datasets(train_file=broken, validation_split=0, cache_dir=cache)
 
 
+def test_images_at_any_depth_belong_to_their_first_folder(tmp_path, cache):
+    """As TinyImageNet has them; what is hidden, such as a file manager's copies, is none."""
+    for name in ("cat", "dog"):
+        write_folder(tmp_path / "train" / name, ["images"])
+    write_folder(tmp_path / "train" / ".trash", ["dog"])
+    (tmp_path / "train" / "cat" / "images" / "._0.png").write_bytes(b"no image")
+    (tmp_path / "train" / "cat" / "boxes.txt").write_text("0.png 0 0 8 8")
+    (tmp_path / "train" / "dog" / "more").symlink_to(tmp_path / "train" / "cat" / "images")
+    train = load_image_datasets(train_dir=str(tmp_path / "train"), validation_split=0, cache_dir=cache)["train"]
+    assert train.features["label"].names == ["cat", "dog"]
+    assert train["label"] == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert train[0]["image"].mode == "RGB"
+
+
 def test_an_empty_class_folder_is_named(tmp_path, cache, caplog):
     folder = write_folder(tmp_path / "train", ["cat", "dog"])
     (tmp_path / "train" / "emu").mkdir()
     splits = load_image_datasets(train_dir=folder, validation_split=0, cache_dir=cache)
     assert splits["train"].features["label"].names == ["cat", "dog"]
-    assert "the folders emu are empty" in caplog.text
+    assert "the folders emu hold no images" in caplog.text
 
 
 def test_an_evaluation_resized_and_cropped_is_torchvisions():

@@ -2,22 +2,16 @@
 """Labelled images from the Hub, from folders or from parquet files, and their transforms."""
 
 import functools
-import glob
-import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import PIL.Image
 import torch
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import DatasetDict, Image
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from .augmentation import randaugment
 from .sources import load_labelled_datasets, read_parquet
-
-
-logger = logging.getLogger(__name__)
 
 
 def load_image_datasets(*, image_column: str | None = None, cache_dir: str | None = None, **source) -> DatasetDict:
@@ -38,25 +32,12 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
     return load_labelled_datasets(
         "image",
         Image(mode="RGB"),
-        functools.partial(_read_folder, cache_dir=cache_dir),
+        {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN},
         functools.partial(read_parquet, cache_dir=cache_dir),
         column=image_column,
         cache_dir=cache_dir,
         **source,
     )
-
-
-def _read_folder(path: str, cache_dir: str | None) -> Dataset:
-    root = Path(path)
-    folders = {folder.name: any(file.is_file() for file in folder.rglob("*")) for folder in root.glob("*/")}
-    if not any(folders.values()):
-        raise ValueError(f"{path} must be a folder that holds one folder of images per class.")
-    empty = sorted(name for name, has_files in folders.items() if not has_files)
-    if empty:
-        logger.warning("%s: the folders %s are empty, which makes no classes of them.", path, ", ".join(empty))
-    # A folder with a single class keeps its labels, and its name is no pattern.
-    files = f"{glob.escape(str(root))}/*/**"
-    return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False, cache_dir=cache_dir)
 
 
 def make_image_transforms(

@@ -4,6 +4,7 @@
 import dataclasses
 import glob
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ Split = Dataset | IterableDataset
 def load_labelled_datasets(
     name: str,
     feature: FeatureType,
-    read_folder: Callable[[str], Dataset],
+    suffixes: Iterable[str],
     read_files: Callable[[list[str]], Dataset],
     *,
     column: str | None = None,
@@ -43,11 +44,12 @@ def load_labelled_datasets(
     Args:
         name: what the column of examples is called in the result, "image" or "video".
         feature: its type in the result.
-        read_folder, read_files: path -> rows, for `train_dir` and `validation_dir`; paths -> rows, for the files.
+        suffixes: of the files in `train_dir` and `validation_dir` that are examples, in lower case, with the dot.
+        read_files: paths -> rows, for `train_file` and `validation_file`.
         column, label_column: their names in the source; by default the only column of `feature`'s type, else `name`,
             and "label" or "labels".
         dataset_name, dataset_config_name: a data set on the Hub.
-        train_dir, validation_dir: folders that hold one folder per class.
+        train_dir, validation_dir: folders that hold one folder per class, in which examples may lie at any depth.
         train_file, validation_file: files that list or hold the examples: paths, patterns (`"train-*.parquet"`), and
             folders, of which all parquet files are taken.
         validation_split: share of the training examples to hold out where no validation set is given.
@@ -90,7 +92,9 @@ def load_labelled_datasets(
                 raise FileNotFoundError(f"{path} does not exist.")
         # One by one: read together, folders would share the names of all their classes, and a class that only the
         # validation set has would go unnoticed.
-        splits = {split: read_folder(path) for split, path in paths.items()}
+        splits = {
+            split: make_dataset(_read_folder(path, name, suffixes), name, feature) for split, path in paths.items()
+        }
     else:
         paths = {"train": train_file, "validation": validation_file}
         files = {split: find_files(path) for split, path in paths.items() if path}
@@ -110,6 +114,37 @@ def load_labelled_datasets(
         held_out = splits["train"].train_test_split(validation_split, seed=seed)
         splits = {"train": held_out["train"], "validation": held_out["test"]}
     return _with_class_labels(splits, label_names)
+
+
+def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[str, str]]:
+    """(file, class) of all examples in a folder's folders, each of which is a class; what is hidden is left out."""
+    # Not `datasets`' own, for which the class is the last folder of a path, and which passes over webm.
+    rows, empty = [], []
+    for folder in sorted(Path(path).iterdir()):
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        count = len(rows)
+        for parent, folders, files in os.walk(folder, followlinks=True):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for file in sorted(files):
+                if not file.startswith(".") and Path(file).suffix.lower() in suffixes:
+                    rows.append((os.path.join(parent, file), folder.name))
+        if len(rows) == count:
+            empty.append(folder.name)
+    if not rows:
+        raise ValueError(
+            f"{path} must be a folder that holds one folder of {name}s per class; allowed are "
+            f"{', '.join(sorted(suffixes))}."
+        )
+    if empty:
+        logger.warning("%s: the folders %s hold no %ss, which makes no classes of them.", path, ", ".join(empty), name)
+    return rows
+
+
+def make_dataset(rows: list[tuple[str, str]], name: str, feature: FeatureType) -> Dataset:
+    """Of (file, label)."""
+    files, labels = zip(*rows, strict=True)
+    return Dataset.from_dict({name: files, "label": labels}).cast_column(name, feature)
 
 
 def find_files(paths: str | Sequence[str]) -> list[str]:

@@ -16,13 +16,14 @@ from transformers.image_utils import SizeDict
 from ..video_decoding import VideoReader, dense_indices, uniform_indices
 from ..video_processing_mone import MoNEViViTVideoProcessor
 from .augmentation import randaugment
-from .sources import load_labelled_datasets, read_parquet
+from .sources import load_labelled_datasets, make_dataset, read_parquet
 from .video_lists import read_video_list
 
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v")
+FEATURE = Video(decode=False)
 
 
 def load_video_datasets(
@@ -48,8 +49,8 @@ def load_video_datasets(
     """
     return load_labelled_datasets(
         "video",
-        Video(decode=False),
-        _read_folder,
+        FEATURE,
+        SUFFIXES,
         functools.partial(_read_files, video_dir=video_dir, cache_dir=cache_dir),
         column=video_column,
         cache_dir=cache_dir,
@@ -57,21 +58,11 @@ def load_video_datasets(
     )
 
 
-def _read_folder(path: str) -> Dataset:
-    # Not `datasets`' videofolder, which passes over webm.
-    root = Path(path)
-    files = [file for file in sorted(root.glob("*/**/*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
-    if not files:
-        raise ValueError(
-            f"{path} must be a folder that holds one folder of videos per class; allowed are {', '.join(SUFFIXES)}."
-        )
-    return _dataset([(str(file), file.relative_to(root).parts[0]) for file in files])
-
-
 def _read_files(paths: list[str], video_dir: str | None, cache_dir: str | None) -> Dataset:
     if all(path.endswith(".parquet") for path in paths):
         return read_parquet(paths, cache_dir)
-    return _dataset([row for path in paths for row in _read_list(path, video_dir)])
+    rows = [row for path in paths for row in _read_list(path, video_dir)]
+    return make_dataset(rows, "video", FEATURE)
 
 
 def _read_list(path: str, video_dir: str | None) -> list[tuple[str, str]]:
@@ -109,11 +100,6 @@ def _read_list(path: str, video_dir: str | None) -> list[tuple[str, str]]:
             *(len(missing), len(missing) + len(rows), path, root, missing[0]),
         )
     return rows
-
-
-def _dataset(rows: list[tuple[str, str]]) -> Dataset:
-    videos, labels = zip(*rows, strict=True)
-    return Dataset.from_dict({"video": videos, "label": labels}).cast_column("video", Video(decode=False))
 
 
 def make_video_transforms(
