@@ -255,6 +255,29 @@ def test_a_mone_without_its_classifier(tmp_path):
             load_image_model(tmp_path / "mone", **options)
 
 
+@pytest.mark.parametrize("kind", ["mone", "vit"])
+def test_a_classifier_follows_its_labels(tmp_path, kind, caplog):
+    """The same names in another order are the same classes; others are said to be taken for the same."""
+    if kind == "mone":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        model = MoNEForImageClassification(MoNEConfig(**sizes, image_size=32, num_labels=3))
+    else:
+        model = make_vit("vit")
+    model.config.id2label = {0: "cat", 1: "dog", 2: "emu"}
+    model.config.label2id = {"cat": 0, "dog": 1, "emu": 2}
+    randomise(model).save_pretrained(tmp_path)
+
+    def load(*names):
+        ids = dict(enumerate(names))
+        return load_image_model(tmp_path, id2label=ids, label2id={name: number for number, name in ids.items()})
+
+    expected = logits(load_image_model(tmp_path))
+    assert torch.equal(logits(load("emu", "cat", "dog")), expected[:, [2, 0, 1]])
+    assert "other names" not in caplog.text
+    assert torch.equal(logits(load("cat", "fox", "emu")), expected)
+    assert "3 classes have other names now, 'dog' for example 'fox'" in caplog.text
+
+
 def test_a_new_classifier_of_a_vit_starts_at_zero():
     model = mone_from_vit(make_vit("dinov2 model"), num_labels=3)
     assert not any(parameter.any() for parameter in model.classifier.parameters())

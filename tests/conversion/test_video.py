@@ -225,6 +225,8 @@ def test_other_labels(video, tmp_path):
     set_labels(video, id2label={0: "a", 1: "b", 2: "c"}, problem_type="multi_label_classification")
     assert torch.equal(video.classifier.weight, weight), "as many as before"
     assert (video.config.id2label[0], video.config.problem_type) == ("a", "multi_label_classification")
+    set_labels(video, id2label={0: "c", 1: "a", 2: "b"})
+    assert torch.equal(video.classifier.weight, weight[[2, 0, 1]]), "the same classes in another order"
     video.bfloat16()
     set_labels(video, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
     assert (video.classifier.weight.shape, video.classifier.weight.dtype) == ((2, 32), torch.bfloat16)

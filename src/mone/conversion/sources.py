@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from .onnx_dinov2 import read_onnx
-from .tower import start_new_classifier
+from .tower import follow_labels, start_new_classifier
 from .transformers_vits import LEFT, check_family
 
 
@@ -132,4 +132,6 @@ def load_classifier(
     model = load_all(model_class, source, re.compile(r"^classifier\.") if new else NOTHING, **options)
     if new:
         start_new_classifier(model)
+    else:
+        follow_labels(model, before.id2label)
     return model

@@ -2,10 +2,12 @@
 """What every source is read into, a plain ViT in MoNE's terms, and the model that is built from it."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from transformers import PreTrainedModel
 
 from ..configuration_mone import MoNEConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid, resize_positions
@@ -101,7 +103,9 @@ def build_image_model(
         weights = {k if k.startswith("classifier.") else f"mone.{k}": v for k, v in weights.items()}
     new = ("routers.", "mone.routers.") if has_head else ("routers.", "mone.routers.", "classifier.")
     load(model, weights, new, tower.name)
-    if model_class is MoNEForImageClassification and not has_head:
+    if has_head:
+        follow_labels(model, tower.fields.get("id2label"))
+    elif model_class is MoNEForImageClassification:
         start_new_classifier(model)
     if tower.left:
         logger.warning("Left behind of %s, since a MoNE has no such part: %s", tower.name, ", ".join(tower.left))
@@ -112,6 +116,29 @@ def start_new_classifier(model: torch.nn.Module) -> None:
     """All zeros, as Scenic's fine-tuning starts it: it prefers no class and, to `calibrate`, is none."""
     torch.nn.init.zeros_(model.classifier.weight)
     torch.nn.init.zeros_(model.classifier.bias)
+
+
+@torch.no_grad()
+def follow_labels(model: PreTrainedModel, before: Mapping[int, str] | None) -> None:
+    """Put the rows of a classifier, made for the labels `before`, in the order of the model's, if they are the same.
+
+    Other labels are taken for other names of the same classes, and where both are real ones a warning says so.
+    """
+    after = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    before = after if before is None else [before[number] for number in range(len(before))]
+    if before == after:
+        return
+    if sorted(before) == sorted(after) and len(set(after)) == len(after):
+        order = [before.index(name) for name in after]
+        for parameter in model.classifier.parameters():
+            parameter.copy_(parameter[order])
+    elif not any(re.fullmatch(r"LABEL_\d+", name) for name in (before[0], after[0])):
+        changed = next((old, new) for old, new in zip(before, after, strict=True) if old != new)
+        logger.warning(
+            "The classifier is kept, but its %d classes have other names now, %r for example %r. Where they are other "
+            "classes, it has to be trained.",
+            *(len(after), *changed),
+        )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
 from .sources import load_classifier
-from .tower import LABEL_FIELDS, check_fields, start_new_classifier
+from .tower import LABEL_FIELDS, check_fields, follow_labels, start_new_classifier
 
 
 @torch.no_grad()
@@ -173,9 +173,11 @@ def set_labels(model: MoNEViViTForVideoClassification, **labels) -> None:
     Args:
         labels: `id2label`, `label2id` and `problem_type`, as in a config.
     """
-    before = model.config.num_labels
+    before = model.config.id2label
     model.config.update(labels)
-    if model.config.num_labels != before:
+    if model.config.num_labels == len(before):
+        follow_labels(model, before)
+    else:
         model.num_labels = model.config.num_labels
         model.classifier = make_classifier(model.config).to(model.device, model.dtype)
         start_new_classifier(model)
