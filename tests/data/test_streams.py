@@ -149,6 +149,16 @@ def test_more_workers_than_files_take_row_groups_or_are_refused(shards, tmp_path
     assert torch.cat([batch["pixel_values"][:, 0] for batch in loader]).sort().values.tolist() == list(range(24))
 
 
+def test_an_evaluation_leaves_workers_idle_for_which_there_is_nothing(shards, tmp_path):
+    rows = load_dataset("parquet", data_files=str(shards / "*.parquet"), split="train", cache_dir=str(tmp_path))
+    rows.to_parquet(str(tmp_path / "one.parquet"), batch_size=12)
+    splits = load_image_datasets(train_file=str(tmp_path / "one.parquet"), streaming=True)
+    data = LabelledStream(splits["train"], number_and_noise, train=False, num_workers=3)
+    loader = torch.utils.data.DataLoader(data, 6, collate_fn=collate_examples, num_workers=3)
+    assert torch.cat([batch["pixel_values"][:, 0] for batch in loader]).sort().values.tolist() == list(range(24))
+    assert data.split.num_shards == 2
+
+
 def test_damaged_images_are_replaced_in_training_and_not_counted_in_evaluation(tmp_path, caplog):
     folder = write_shards(tmp_path / "shards", damaged={0, 7, 8, 23})
     data = stream_of(folder)

@@ -39,12 +39,13 @@ class LabelledStream(torch.utils.data.IterableDataset):
     Args:
         split: stream of `load_image_datasets` or `load_video_datasets`.
         transforms, seed, train, num_labels: as in `LabelledExamples`.
-        batch_size, num_workers: of the loader of a training set.
+        batch_size: of the loader of a training set.
+        num_workers: of the loader.
         buffer_size: number of examples of a worker in memory, from which the next is drawn.
         process_index, num_processes: of training; an evaluation is read whole.
 
     Raises:
-        ValueError: more workers than files and row groups; the length of a training set is not known.
+        ValueError: more workers than files and row groups to train on; the length of a training set is not known.
     """
 
     def __init__(
@@ -71,10 +72,10 @@ class LabelledStream(torch.utils.data.IterableDataset):
         self._decode = dataclasses.replace(feature, decode=True).decode_example if isinstance(feature, Image) else None
         # In shared memory: persistent workers keep the data set that they were started with.
         self._epoch, self._skipped, self._unreadable = torch.zeros(3, dtype=torch.int64).share_memory_().unbind()
+        if split.num_shards < (num_processes if train else 1) * max(num_workers, 1):
+            split = split.reshard()
         if train:
             self.num_batches = max(count_rows(split) // num_processes // batch_size, 1)
-            if split.num_shards < num_processes * max(num_workers, 1):
-                split = split.reshard()
             split = split.shuffle(seed=seed, buffer_size=buffer_size)
             split = split_dataset_by_node(split, process_index, num_processes)
             if num_workers > split.num_shards:  # now of this process
@@ -144,7 +145,7 @@ class LabelledStream(torch.utils.data.IterableDataset):
                 yield from (self._instead(example) for _ in range(waiting))
                 waiting = 0
                 yield example
-            if is_empty:
+            if is_empty and self.train:
                 raise ValueError(f"The stream has nothing to read for worker {worker} of {workers}.")
             if not self.train:
                 break
