@@ -35,6 +35,7 @@ else:
 
     from mone.data import make_video_transforms
     from mone.data.sources import count_rows
+    from mone.model_card import compute_of_clips
     from mone.training import measure_accuracy
     from mone.training.command_line import parse_arguments
     from mone.visualization import plot_accuracy_against_compute
@@ -68,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor, data_sets = task.load(model_args, data_args, args)
     examples = data_sets["validation"]
     size = count_rows(examples.split)
+    num_clips = task.clips_of_evaluation(processor, data_args) if is_video else 1
     if is_video and data_args.clips:
         rows = []
         for num_clips in data_args.clips:
@@ -77,7 +79,9 @@ def main(argv: list[str] | None = None) -> dict:
                 model, processor, examples, args, name=name, num_clips=num_clips, calibration=data_args.calibration
             )
     else:
-        rows = measure_accuracy(model, processor, examples, args, calibration=data_args.calibration)
+        rows = measure_accuracy(
+            model, processor, examples, args, num_clips=num_clips, calibration=data_args.calibration
+        )
 
     source = data_args.dataset_name or data_args.validation_dir or " ".join(data_args.validation_file)
     results = {
@@ -94,6 +98,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if is_video and data_args.clips:
         results["gmacs"] = "one video, all its clips"
+    elif num_clips > 1:
+        results["gmacs"] = compute_of_clips(num_clips)
     if args.should_save:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import functools
 import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoVideoProcessor
+from transformers import AutoVideoProcessor, BaseVideoProcessor
 
 from mone import MoNEViViTConfig, MoNEViViTForVideoClassification
 from mone.configuration_mone import as_pair
@@ -93,7 +93,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor, data_sets = load(model_args, data_args, training_args)
     if data_args.measure_input:
         return report_input(data_sets["train"], data_args, training_args)
-    return train_and_evaluate(model, processor, data_sets, training_args, "video-classification")
+    num_clips = clips_of_evaluation(processor, data_args)
+    return train_and_evaluate(model, processor, data_sets, training_args, "video-classification", num_clips)
+
+
+def clips_of_evaluation(processor: BaseVideoProcessor, data_args: VideoArguments) -> int:
+    """Clips of each video: there is one only where its frames are spread over the whole."""
+    return 1 if processor.sampling == "uniform" else data_args.num_clips
 
 
 def load(model_args: VideoModelArguments, data_args: VideoArguments, training_args: MoNETrainingArguments):
@@ -152,7 +158,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
     transforms = functools.partial(
         make_video_transforms,
         processor,
-        num_clips=1 if processor.sampling == "uniform" else data_args.num_clips,
+        num_clips=clips_of_evaluation(processor, data_args),
         flip=data_args.flip,
         scale_jitter=tuple(data_args.scale_jitter),
         color_jitter=data_args.color_jitter,

@@ -238,7 +238,7 @@ class TestResultsOfTraining:
             "train_minutes": 1.2,
         }
 
-    def test_video_at_the_config_s_capacity_without_training(self, tmp_path):
+    def test_video_at_one_capacity_without_training(self, tmp_path):
         config = MoNEViViTConfig(
             hidden_size=16,
             num_hidden_layers=1,
@@ -251,11 +251,20 @@ class TestResultsOfTraining:
             capacity=0.6,
         )
         MoNEViViTForVideoClassification(config).save_pretrained(tmp_path)
-        (tmp_path / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.5}))
+        (tmp_path / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.5, "eval_capacity": 0.4}))
         results = results_of_training(tmp_path, model="small")
-        gmacs = count_macs(config, 0.6) / 1e9
-        assert results["rows"] == [{"model": "small", "capacity": 0.6, "gmacs": gmacs, "accuracy": 0.5}]
+        gmacs = count_macs(config, 0.4) / 1e9
+        assert results["rows"] == [{"model": "small", "capacity": 0.4, "gmacs": gmacs, "accuracy": 0.5}]
+        assert "gmacs" not in results
         assert results["task"] == "video-classification" and "epochs" not in results
-        (tmp_path / "eval_results.json").write_text(json.dumps({"eval_loss": 0.5}))
-        with pytest.raises(ValueError, match=r"holds no accuracy: \['eval_loss'\]"):
+        (tmp_path / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.5}))
+        with pytest.raises(ValueError, match=r"holds no accuracy at a known capacity: \['eval_accuracy'\]"):
             results_of_training(tmp_path)
+
+        shares = [0.0, 0.0, 1.0, 0.0]
+        measured = {"eval_accuracy": 0.5, "eval_capacity": shares, "eval_num_clips": 8}
+        (tmp_path / "eval_results.json").write_text(json.dumps(measured))
+        results = results_of_training(tmp_path)
+        (row,) = results["rows"]
+        assert (row["capacity"], row["gmacs"]) == (shares, 8 * count_macs(config, shares) / 1e9)
+        assert results["gmacs"] == "one video, 8 clips of it"

@@ -172,30 +172,38 @@ def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
     measured = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
     metric = "precision_at_1" if "eval_precision_at_1" in measured else "accuracy"  # with several labels per example
     prefix, suffix = "eval_capacity_", f"_{metric}"
-    accuracies = {
-        float(key.removeprefix(prefix).removesuffix(suffix)): value
+    accuracies = [
+        (float(key.removeprefix(prefix).removesuffix(suffix)), value)
         for key, value in measured.items()
         if key.startswith(prefix) and key.endswith(suffix)
-    }
-    if not accuracies and f"eval_{metric}" in measured:
-        accuracies = {config.capacity: measured[f"eval_{metric}"]}
+    ]
+    if not accuracies and {"eval_capacity", f"eval_{metric}"} <= set(measured):
+        accuracies = [(measured["eval_capacity"], measured[f"eval_{metric}"])]
     if not accuracies:
-        raise ValueError(f"{folder / 'eval_results.json'} holds no accuracy: {sorted(measured)}.")
+        raise ValueError(f"{folder / 'eval_results.json'} holds no accuracy at a known capacity: {sorted(measured)}.")
+    num_clips = measured.get("eval_num_clips", 1)
     results = {
         "task": "video-classification" if config.model_type == "mone_vivit" else "image-classification",
         "model": model,
         "rows": [
-            {"model": model, "capacity": c, "gmacs": count_macs(config, c) / 1e9, "accuracy": accuracy}
-            for c, accuracy in accuracies.items()
+            {"model": model, "capacity": c, "gmacs": num_clips * count_macs(config, c) / 1e9, "accuracy": accuracy}
+            for c, accuracy in accuracies
         ],
         "parameters": _count_parameters(folder),
     }
+    if num_clips > 1:
+        results["gmacs"] = compute_of_clips(num_clips)
     training = folder / "train_results.json"
     if training.exists():
         trained = json.loads(training.read_text(encoding="utf-8"))
         results["epochs"] = trained["epoch"]
         results["train_minutes"] = round(trained["train_runtime"] / 60, 1)
     return results
+
+
+def compute_of_clips(num_clips: int) -> str:
+    """What the compute is of where the logits of several clips are averaged, as the field `gmacs` says it."""
+    return f"one video, {num_clips} clips of it"
 
 
 def _count_parameters(folder: Path) -> int:

@@ -151,6 +151,16 @@ def test_videos_with_several_numbers_of_clips(tmp_path):
         assert row["gmacs"] == clips * count_macs(config, row["capacity"]) / 1e9
     assert results["gmacs"] == "one video, all its clips"
 
+    alone = script.main(
+        [
+            *("--model_name_or_path", str(tmp_path / "model"), "--validation_dir", str(tmp_path / "videos")),
+            *("--num_clips", "3", "--capacity", "0.3", "--output_dir", str(tmp_path / "out"), *QUIET),
+        ]
+    )
+    assert alone["gmacs"] == "one video, 3 clips of it"
+    (row,) = alone["rows"]
+    assert row | {"model": "MoNE, 3x1"} == next(r for r in results["rows"] if r["model"] == "MoNE, 3x1")
+
 
 def test_a_model_has_to_be_named(tmp_path):
     with pytest.raises(ValueError, match="Give --model_name_or_path"):

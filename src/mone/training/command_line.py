@@ -153,7 +153,11 @@ def parse_arguments(argv: list[str], *classes: type) -> tuple:
     if of_file:
         (target,) = (arguments for arguments in parsed if hasattr(arguments, "config_overrides"))
         target.config_overrides = f"{of_file},{target.config_overrides or ''}"
-    training_args = parsed[-1]
+    *others, training_args = parsed
+    # One token for all: models, data, a teacher, and what is pushed.
+    training_args.hub_token = training_args.hub_token or next(
+        filter(None, (getattr(o, "token", None) for o in others)), None
+    )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)
@@ -324,6 +328,7 @@ def train_and_evaluate(
     data_sets: dict[str, LabelledExamples | LabelledStream],
     args: MoNETrainingArguments,
     task: str,
+    num_clips: int = 1,
 ) -> dict[str, float]:
     """Do what the arguments say (do_train, do_eval, push_to_hub), from the last checkpoint in the output folder on.
 
@@ -331,6 +336,7 @@ def train_and_evaluate(
         model, processor: what to train and to save.
         data_sets: "train" and "validation", those needed, of [`make_examples`].
         task: of the Hub, "image-classification" or "video-classification".
+        num_clips: of each video of the validation set, which all count in the compute.
 
     Returns:
         All metrics; they are also saved in the output folder.
@@ -365,8 +371,12 @@ def train_and_evaluate(
     if args.do_eval:
         result = trainer.evaluate()
         for capacity in args.eval_capacities:
-            result[f"eval_capacity_{capacity:g}_gmacs"] = count_macs(model.config, capacity) / 1e9
+            result[f"eval_capacity_{capacity:g}_gmacs"] = num_clips * count_macs(model.config, capacity) / 1e9
         trainer.log_metrics("eval", result)
+        if not args.eval_capacities:  # which may be shares, for which the log has no format
+            result["eval_capacity"] = trainer.capacity
+        if num_clips > 1:
+            result["eval_num_clips"] = num_clips
         trainer.save_metrics("eval", result)
         metrics.update(result)
     if args.push_to_hub:

@@ -34,8 +34,6 @@ def measure_accuracy(
         Rows with "model", "capacity", "gmacs", "accuracy", "loss" and, where there are any, "unreadable" examples.
         With several labels per example there is also "precision_at_1", which "accuracy" then repeats.
     """
-    capacities = args.eval_capacities or [model.config.capacity if args.capacity is None else args.capacity]
-    args.eval_capacities = capacities
     trainer = MoNETrainer(
         model=model,
         args=args,
@@ -46,8 +44,8 @@ def measure_accuracy(
     )
     metrics = trainer.evaluate()
     rows = []
-    for capacity in capacities:
-        prefix = f"eval_capacity_{capacity:g}_"
+    for capacity in args.eval_capacities or [trainer.capacity]:
+        prefix = f"eval_capacity_{capacity:g}_" if args.eval_capacities else "eval_"
         measured = {
             key: metrics[prefix + key]
             for key in ("accuracy", "precision_at_1", "loss", "calibration_error", "unreadable")
