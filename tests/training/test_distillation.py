@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 from transformers import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -76,6 +78,31 @@ def test_a_teacher_sees_the_same_image_in_its_own_normalisation_and_size(tmp_pat
         ).logits
     torch.testing.assert_close(teacher(pixel_values), expected, atol=1e-5, rtol=1e-5)
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_timm_classifier_teaches(tmp_path):
+    pytest.importorskip("timm")
+    config = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args={"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 16, "patch_size": 4},
+        pretrained_cfg={"input_size": [3, 16, 16], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+        num_labels=3,
+    )
+    model = TimmWrapperForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    teacher = Teacher(str(tmp_path), student_config(), ViTImageProcessor(image_mean=[0.0] * 3, image_std=[1.0] * 3))
+    image = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    mean, std = (torch.tensor(config.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = model((image - mean) / std).logits
+    torch.testing.assert_close(teacher(image), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_without_a_processor(tmp_path):
+    save_vit(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="has no image processor"):
+        Teacher(str(tmp_path), student_config(), ViTImageProcessor())
 
 
 def test_without_a_processor_the_pixels_are_the_students(tmp_path):

@@ -611,6 +611,46 @@ def test_a_signal_saves_a_checkpoint_to_go_on_from(tmp_path, number):
         torch.testing.assert_close(resumed.model.state_dict()[name], expected, atol=0, rtol=0, msg=name)
 
 
+def test_a_stop_keeps_the_last_checkpoint_beside_the_best(tmp_path):
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, load_best_model_at_end=True, **options)  # of equal ones the first is the best
+    trainer.add_callback(AtStep(4, lambda model: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(KeyboardInterrupt, match=r"at step 5\. .*checkpoint-5\."):
+        trainer.train()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", "checkpoint-5"}
+    again = make_trainer(tmp_path, load_best_model_at_end=True, **options)
+    again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", "checkpoint-6"}
+
+
+def test_a_checkpoint_of_weights_only_says_what_is_lost(tmp_path, caplog):
+    make_trainer(tmp_path, **SAVING).train()
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+        assert "weights only" not in caplog.text
+        for name in ("optimizer.pt", "scheduler.pt"):
+            (tmp_path / "out" / "checkpoint-4" / name).unlink()
+        make_trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert "checkpoint-4 has weights only" in caplog.text and "start anew at step 4" in caplog.text
+
+
+def test_a_model_of_model_init_is_trained_as_one_that_is_given(tmp_path):
+    options = {"max_steps": 3, "capacity": 0.4, "label_smoothing_factor": 0.1, "learning_rate": 3e-3}
+    given = make_trainer(tmp_path, **options)
+    made = MoNETrainer(model_init=lambda: tiny_model(), args=given.args, train_dataset=rows(16))
+    given.train(), made.train()
+    assert (made.model.config.capacity, made.model.config.problem_type) == (0.4, "single_label_classification")
+    for name, expected in given.model.state_dict().items():
+        torch.testing.assert_close(made.model.state_dict()[name], expected, atol=0, rtol=0, msg=name)
+
+
+def test_one_process_trains_on_one_device(tmp_path):
+    args = MoNETrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    args._n_gpu = 2  # as torch counts them
+    with pytest.raises(ValueError, match=r"has 2 GPUs, but trains on one: .*accelerate launch"):
+        MoNETrainer(model=tiny_model(), args=args, train_dataset=rows(16))
+
+
 def test_total_flos_counts_what_was_computed(tmp_path):
     trainer = make_trainer(tmp_path, capacity_schedule="uniform", max_steps=4, logging_steps=1)
     trainer.train()
@@ -677,7 +717,13 @@ def test_a_capacity_that_is_not_allowed_is_found_before_any_work(tmp_path, args)
         ({"capacity_range": [0.5]}, r"capacity_range=\[0\.5\] must be two"),
         ({"capacity_range": [0.2, 0.5], "capacity_grid": [0.3]}, r"capacity_grid=\[0\.3\]"),
         ({"anneal_steps": -1}, "anneal_steps=-1"),
+        (
+            {"capacity_grid": [0.2, 0.4]},
+            r"capacity_grid=\[0\.2, 0\.4\] .* for .*'uniform', got 'fixed'",
+        ),
+        ({"capacity_range": [0.2, 0.4], "capacity_schedule": "joint"}, "got 'joint'"),
         ({"distillation_weight": 1.5}, r"distillation_weight=1\.5"),
+        ({"distillation_weight": 0.9}, r"distillation_weight=0\.9 .* for distill_from, which is not given"),
         ({"distillation_temperature": 0}, "distillation_temperature=0"),
         ({"capacity_schedule": "unifrom"}, "'unifrom'.*uniform"),
     ],

@@ -127,6 +127,11 @@ class MoNETrainingArguments(TrainingArguments):
                 f"capacity_range={self.capacity_range} must be two capacities, without capacity_grid, "
                 f"got capacity_grid={self.capacity_grid}."
             )
+        if (self.capacity_grid or self.capacity_range) and self.capacity_schedule != "uniform":
+            raise ValueError(
+                f"capacity_grid={self.capacity_grid} and capacity_range={self.capacity_range} are for "
+                f"capacity_schedule='uniform', got {self.capacity_schedule!r}."
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1].")
         if not self.anneal_steps >= 0:
@@ -135,6 +140,15 @@ class MoNETrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1].")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature={self.distillation_temperature} must be above 0.")
+        if self.distill_from is None and (self.distillation_weight, self.distillation_temperature) != (0.5, 1.0):
+            raise ValueError(
+                f"distillation_weight={self.distillation_weight} and distillation_temperature="
+                f"{self.distillation_temperature} are for distill_from, which is not given."
+            )
+        if self.load_best_model_at_end and self.save_total_limit == 1:
+            # Trainer keeps the best and the last then, too, until its end, where the last one goes: the same command
+            # would train once more from the best one on.
+            self.save_total_limit = 2
         if self.total_train_batch_size is not None:
             # By the variable that all launchers set: DeepSpeed wants the number before the processes are known.
             at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", 1))

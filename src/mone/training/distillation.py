@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForVideoClassification,
     AutoVideoProcessor,
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from ..conversion import load_image_processor
 from ..flops import count_macs
 from ..modeling_mone import MoNEPreTrainedModel
 
@@ -54,7 +54,7 @@ class Teacher(nn.Module):
         hub: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: the teacher has another number of classes, or does not take the student's input.
+        ValueError: the teacher has another number of classes, does not take the student's input, or has no processor.
     """
 
     def __init__(self, name: str, config: MoNEConfig, processor=None, **hub):
@@ -67,7 +67,7 @@ class Teacher(nn.Module):
             raise ValueError(f"The teacher {name} has {theirs.num_labels} classes, the student {config.num_labels}.")
         if [theirs.id2label[i] for i in range(theirs.num_labels)] != [config.id2label[i] for i in theirs.id2label]:
             logger.warning("The classes of the teacher %s are named or ordered otherwise than the student's.", name)
-        self._set_pixels(name, config, processor, AutoVideoProcessor if video else AutoImageProcessor, hub)
+        self._set_pixels(name, config, processor, not video, hub)
         shape = (config.num_channels, *as_pair(config.image_size))
         example = torch.zeros(1, config.num_frames, *shape) if video else torch.zeros(1, *shape)
         try:
@@ -77,11 +77,13 @@ class Teacher(nn.Module):
                 f"The teacher {name} does not take the student's pixel_values of shape {tuple(example.shape)}: {error}"
             ) from error
 
-    def _set_pixels(self, name, config, processor, processor_class, hub):
+    def _set_pixels(self, name, config, processor, image, hub):
         channels = torch.ones(config.num_channels, 1, 1)
         scale, shift = channels, 0 * channels
         if processor is not None:
-            theirs = processor_class.from_pretrained(name, **hub)
+            theirs = load_image_processor(name, **hub) if image else AutoVideoProcessor.from_pretrained(name, **hub)
+            if theirs is None:
+                raise ValueError(f"The teacher {name} has no image processor, by which to normalise its pixels.")
             (mean, std), (their_mean, their_std) = (_normalisation(p, channels) for p in (processor, theirs))
             scale, shift = std / their_std, (mean - their_mean) / their_std
         self.register_buffer("scale", scale, persistent=False)

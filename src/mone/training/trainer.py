@@ -104,27 +104,18 @@ class MoNETrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"This process has {self.args.n_gpu} GPUs, but trains on one: start a process for each by `accelerate "
+                "launch`, or show it one by CUDA_VISIBLE_DEVICES=0."
+            )
         config = self.model.config
         self.capacity = config.capacity if self.args.capacity is None else self.args.capacity
-        others = (*self.args.eval_capacities, *self.args.capacity_grid, *self.args.capacity_range)
-        for capacity in (self.capacity, *others):
-            config.resolve_capacity(capacity)
-        if self.args.capacity_schedule in ("fixed", "anneal"):
-            config.capacity = self.capacity  # what it is trained for is what the saved model runs at
+        self._adapt(self.model)
         self.schedule = self._make_schedule(anneal_steps=0)
         self._eval_capacity = self.capacity
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
         self.label_smoother = None
-        multi_label = config.problem_type == "multi_label_classification"
-        if self.args.bce_sum and not multi_label:
-            raise ValueError(f"bce_sum needs problem_type='multi_label_classification', got {config.problem_type!r}.")
-        if self.softens_labels and not (multi_label and self.args.label_smoothing_factor == 0):
-            if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
-                raise ValueError(
-                    "mixup needs classification of at least 2 classes, and label_smoothing_factor of one label per "
-                    f"example; got problem_type={config.problem_type!r} and {config.num_labels} classes."
-                )
-            config.problem_type = "single_label_classification"
         self.teacher, self._teacher_logits = None, None
         if self.args.distill_from is not None:
             if config.problem_type == "regression" or config.num_labels < 2:
@@ -135,19 +126,45 @@ class MoNETrainer(Trainer):
             if self.args.distill_from != "self":
                 if self.is_deepspeed_enabled:
                     unset_hf_deepspeed_config()  # by which ZeRO-3 would shard a model that it does not run
-                self.teacher = Teacher(self.args.distill_from, config, self.processing_class).to(self.args.device)
+                self.teacher = Teacher(
+                    self.args.distill_from, config, self.processing_class, token=self.args.hub_token
+                ).to(self.args.device)
                 if self.is_deepspeed_enabled:
                     self.accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
-        if self.args.compile_layers:
-            # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
-            # code that recompiles by mistake. Behind them layers would run uncompiled.
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
-            for module in self.model.modules():
-                if isinstance(module, MoNELayer):
-                    module.compile(dynamic=False)
         self._statistics = StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
         self._interruption = Interruption(at_once=self.args.world_size > 1)
         self.add_callback(MoNECallback(self._interruption))
+
+    def _adapt(self, model) -> None:
+        """Check a model, and make it one that is trained as `self.args` say."""
+        config, args = model.config, self.args
+        capacity = config.capacity if args.capacity is None else args.capacity
+        for value in (capacity, *args.eval_capacities, *args.capacity_grid, *args.capacity_range):
+            config.resolve_capacity(value)
+        multi_label = config.problem_type == "multi_label_classification"
+        if args.bce_sum and not multi_label:
+            raise ValueError(f"bce_sum needs problem_type='multi_label_classification', got {config.problem_type!r}.")
+        if self.softens_labels and not (multi_label and args.label_smoothing_factor == 0):
+            if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+                raise ValueError(
+                    "mixup needs classification of at least 2 classes, and label_smoothing_factor of one label per "
+                    f"example; got problem_type={config.problem_type!r} and {config.num_labels} classes."
+                )
+            config.problem_type = "single_label_classification"
+        if args.capacity_schedule in ("fixed", "anneal"):
+            config.capacity = capacity  # what it is trained for is what the saved model runs at
+        if args.compile_layers:
+            # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
+            # code that recompiles by mistake. Behind them layers would run uncompiled.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+            for module in model.modules():
+                if isinstance(module, MoNELayer):
+                    module.compile(dynamic=False)
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        self._adapt(model)
+        return model
 
     # --- schedule and budget -----------------------------------------------------------------------------------------
 
@@ -506,6 +523,12 @@ class MoNETrainer(Trainer):
         load_model(resume_from_checkpoint, self.model if model is None else model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None and not self.is_deepspeed_enabled and not Path(checkpoint, SCHEDULER_NAME).is_file():
+            logger.warning(
+                "The checkpoint %s has weights only, as --save_only_model wrote it: optimiser and learning rate start "
+                "anew at step %d, and the result is not that of a run in one go.",
+                *(checkpoint, self.state.global_step),
+            )
         if checkpoint is None or not crosses_fsdp(checkpoint, self.is_fsdp_enabled):
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(checkpoint, self.model, self.optimizer.optimizer)
