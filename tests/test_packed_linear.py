@@ -122,8 +122,10 @@ def load(model):
         lambda model: setattr(model.mone.layers[0].attention.k_proj, "weight", torch.nn.Parameter(torch.ones(32, 32))),
         lambda model: setattr(model.mone.layers[0].mlp, "fc1", make_model().mone.layers[1].mlp.fc1),
         lambda model: model.double().float(),
+        lambda model: [parameter.data.mul_(1.5) for parameter in model.mone.layers.parameters()],
+        torch.inference_mode()(lambda model: model.load_state_dict({k: 1.1 * v for k, v in model.state_dict().items()})),
     ],
-    ids=["step", "load", "in place", "parameter", "module", "to"],
+    ids=["step", "load", "in place", "parameter", "module", "to", "data", "load under inference mode"],
 )
 def test_changed_weights_are_never_answered_from_old_ones(change, calls):
     model, plain = make_model().optimize_for_inference(), make_model()
@@ -133,6 +135,17 @@ def test_changed_weights_are_never_answered_from_old_ones(change, calls):
     calls.clear()
     torch.testing.assert_close(run(model.optimize_for_inference()), run(plain), atol=1e-5, rtol=0)
     assert len(calls) == 4 * 4 * 2  # products, experts, layers
+
+
+def test_prepared_under_inference_mode_it_can_be_used_outside():
+    model, plain = make_model(), make_model()
+    with torch.inference_mode():
+        model.optimize_for_inference()
+    torch.testing.assert_close(run(model), run(plain), atol=1e-5, rtol=0)
+    step(model.train())
+    with torch.inference_mode():
+        made = make_model()
+    torch.testing.assert_close(run(made.optimize_for_inference()), run(plain), atol=1e-5, rtol=0)
 
 
 def test_training_frees_it():

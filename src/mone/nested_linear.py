@@ -88,13 +88,24 @@ def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
 
     An expert's part of an in-projection is then one piece, and small products are faster with either kind.
     """
-    module.weight.data = module.weight.data.t().contiguous().t()
+    if not module.weight.is_inference():
+        module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def widen(update: torch.Tensor, width: int) -> torch.Tensor:
     """(N, B, d) -> (N, B, width), with zeros where the larger experts have no tokens."""
     missing = width - update.shape[-1]
     return nn.functional.pad(update, (0, missing)) if missing else update
+
+
+def check_adapters(*modules: nn.Module) -> None:
+    """Raise TypeError if an expert other than the largest would run PEFT's adapters, which read all features."""
+    for module in modules:
+        if "base_layer" in module._modules and not (module.merged or module.disable_adapters):
+            raise TypeError(
+                "Adapters are not nested: to small experts they are another function than once they are merged. Train "
+                "and run them at capacity=1.0, and merge them (merge_and_unload) for smaller ones."
+            )
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -4,6 +4,8 @@
 Axis letters: N tokens, B batch, D width of the model, d width of an expert, I and O input and output features.
 """
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ class PackedLinear:
     """
 
     def __init__(self, modules: tuple[NestedIn, ...] | tuple[NestedOut, ...], widths: list[int]):
-        self.source = self._stamp(modules)
+        self.source, self.samples = self._stamp(modules), [_sample(module.weight).clone() for module in modules]
         self.is_in = isinstance(modules[0], NestedIn)
         with torch.no_grad():
             weight = torch.cat([module.weight for module in modules])
@@ -39,17 +41,23 @@ class PackedLinear:
             type(module) in (NestedIn, NestedOut)
             and module.weight.device.type == "cpu"
             and module.weight.dtype == torch.float32
+            and not module.weight.is_inference()  # which does not tell when it is changed
             for module in modules
         )
 
     def serves(self, *modules: nn.Module) -> bool:
         """Whether it computes what these modules would: unhooked, and with the weights it packed."""
-        return all(is_untouched(module) for module in modules) and self.source == self._stamp(modules)
+        return (
+            all(is_untouched(module) for module in modules)
+            and self.source == self._stamp(modules)
+            # What is written through `.data`, as averages and merged adapters are, leaves no other mark.
+            and all(torch.equal(_sample(m.weight), kept) for m, kept in zip(modules, self.samples, strict=True))
+        )
 
     @staticmethod
     def _stamp(modules: tuple[nn.Module, ...]) -> list[tuple]:
         tensors = [tensor for module in modules for tensor in (module.weight, module.bias) if tensor is not None]
-        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        return [(tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     def __call__(self, x: torch.Tensor, d: int, activation: str = "none") -> torch.Tensor:
         """Tokens (..., D or I) of an expert of width d -> (..., outputs of all modules) or (..., d)."""
@@ -59,10 +67,17 @@ class PackedLinear:
         return linear(x, self.weights[d], self.bias[:d], activation, [], "none")
 
 
+def _sample(weight: torch.Tensor, count: int = 256) -> torch.Tensor:
+    """Values from all over a weight, whatever its layout."""
+    count = min(count, weight.numel())
+    return weight.detach().as_strided((count,), (weight.numel() // count,))
+
+
 class Packable(nn.Module):
     """A module whose first projections and last projection can be packed.
 
-    Training undoes it; with other weights, under autocast and with hooks on the projections it is not used.
+    Training undoes it, and how weights lie in memory. With other weights, under autocast and with hooks on the
+    projections it is not used.
     """
 
     packed: tuple[PackedLinear, PackedLinear] | None = None
@@ -83,6 +98,9 @@ class Packable(nn.Module):
     def train(self, mode: bool = True):
         if mode:
             self.packed = None
+            for module in itertools.chain(*self.projections()):
+                if isinstance(module, nn.Linear) and not module.weight.is_contiguous():
+                    module.weight.data = module.weight.data.contiguous()
         return super().train(mode)
 
     def usable_packs(self, x: torch.Tensor) -> tuple[PackedLinear, PackedLinear] | None:
