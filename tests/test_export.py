@@ -108,6 +108,20 @@ def test_the_model_is_as_before_also_after_an_error():
         assert len(model(pixels(model, 1), output_hidden_states=True).hidden_states) == 3
 
 
+def test_other_models_run_as_always_meanwhile():
+    """Served by another thread, say: only the exported one has its layers run otherwise."""
+    model, other = image_model(), image_model()
+    seen = []
+
+    def run(*args):
+        seen.append(other(pixels(other, 1), capacity=0.4, output_hidden_states=True).hidden_states)
+
+    model.register_forward_pre_hook(run)
+    with torch.no_grad():
+        ExportForm(model, 0.4)(pixels(model, 1))
+    assert len(seen[0]) == 3
+
+
 # --- torch.export ---------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +135,15 @@ def test_program(model):
 def test_the_default_capacity_is_the_configs():
     model = image_model(capacity=0.3)
     assert_same(export_program(model).module()(pixels(model, 3)), model, pixels(model, 3), 0.3)
+
+
+def test_a_capacity_of_numpy(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = image_model()
+    for name, capacity in (("number", np.float32(0.4)), ("shares", np.array([0.0, 0.5, 0.5, 0.0]))):
+        export_onnx(model, tmp_path / name, capacity)
+        metadata = onnx_session(tmp_path / name).get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["capacity"]) == pytest.approx(capacity.tolist())
 
 
 # --- ONNX -----------------------------------------------------------------------------------------------------------

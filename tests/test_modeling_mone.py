@@ -983,7 +983,7 @@ def test_misspelt_capacity(network, keyword):
 
 
 @both_models()
-@pytest.mark.parametrize("keyword", ["output_hiden_states", "bool_masked_pos", "foo"])
+@pytest.mark.parametrize("keyword", ["output_hiden_states", "bool_masked_pos", "is_causal", "foo"])
 def test_other_unknown_keywords(network, keyword):
     with pytest.raises(TypeError, match=keyword):
         network(make_images(), **{keyword: True})
@@ -1117,7 +1117,49 @@ def test_optimized_for_inference_it_stays_the_same_model(dtype, tmp_path):
     for (name, have), want in zip(model.named_parameters(), loaded.parameters(), strict=True):
         torch.testing.assert_close(have.grad, want.grad, **tolerance, msg=name)
     torch.optim.SGD(model.parameters(), 0.1).step()
-    assert model.mone.layers[0].mlp.fc1.weight.stride(0) == 1
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_a_hook_sees_and_changes_the_same_with_and_without_gradients(name):
+    model, images = make_model(), make_images()
+    seen = []
+
+    def drop(module, args, output):
+        update = output[0] if isinstance(output, tuple) else output
+        seen.append(update.detach().clone())
+        return (0 * update, None) if isinstance(output, tuple) else 0 * update
+
+    getattr(model.mone.layers[1], name).register_forward_hook(drop)
+    expected = model(images, capacity=0.4).logits
+    with torch.no_grad():
+        assert_close(model(images, capacity=0.4).logits, expected)
+    assert len(seen) == 2
+    assert_close(*seen)
+
+
+def test_adapters_are_refused_where_they_are_not_what_is_merged():
+    class Adapter(torch.nn.Module):
+        """As PEFT's LoRA wraps a layer."""
+
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer, self.merged, self.disable_adapters = base_layer, False, False
+            self.update = torch.nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
+
+        def forward(self, x, *args, **kwargs):
+            return self.base_layer(x, *args, **kwargs) + (0 if self.disable_adapters else self.update(x))
+
+    model, images = make_model(), make_images()
+    expected = [model(images, capacity=capacity).logits for capacity in (0.4, 1.0)]
+    attention = model.mone.layers[-1].attention
+    attention.q_proj = Adapter(attention.q_proj)
+    for capacity in (0.4, *ONE_HOTS[:-1]):
+        with pytest.raises(TypeError, match=r"Adapters are not nested.*capacity=1\.0"):
+            model(images, capacity=capacity)
+    assert not torch.equal(model(images, capacity=1.0).logits, expected[1])
+    attention.q_proj.disable_adapters = True
+    assert_close(model(images, capacity=0.4).logits, expected[0])
 
 
 @pytest.mark.parametrize("batch", [1, 40])

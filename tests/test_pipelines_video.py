@@ -107,6 +107,10 @@ def test_every_kind_of_input(model_folder, videos):
     assert scores(pipe(Path(videos[1]).read_bytes(), top_k=6)) == pytest.approx(from_path, abs=1e-6)
     array = np.zeros((6, 32, 32, 3), dtype=np.uint8)
     assert scores(pipe(array, top_k=6)) == pytest.approx(expected(pipe, array, None), abs=1e-5)
+    batch = np.random.default_rng(0).integers(0, 256, (3, 6, 32, 32, 3), dtype=np.uint8)
+    one_by_one = [scores(result) for result in pipe(list(batch), top_k=6)]
+    for together in (pipe(batch, top_k=6), pipe(torch.from_numpy(batch), top_k=6, batch_size=2)):
+        assert [scores(result) for result in together] == [pytest.approx(alone, abs=1e-5) for alone in one_by_one]
 
 
 def test_a_saved_pipeline_keeps_its_processor(model_folder, videos, tmp_path):

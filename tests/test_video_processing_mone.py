@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 from transformers import AutoVideoProcessor, PreTrainedConfig
+from transformers.utils import logging
 from videos import REAL, needs_real_videos
 
 from mone.video_decoding import VideoDecodeError, VideoReader, clip_indices, uniform_indices
@@ -203,6 +204,15 @@ def test_all_kinds_of_input_agree(frames, file, processor, tmp_path):
     expected = processor(frames, return_tensors="pt").pixel_values
     for name, video in kinds_of(frames, file, tmp_path).items():
         assert torch.equal(processor(video, return_tensors="pt").pixel_values, expected), name
+
+
+def test_floats_up_to_1_are_asked_about(frames, processor, caplog):
+    logging.get_logger("mone").addHandler(caplog.handler)
+    processor(frames.astype(np.float32), return_tensors="pt")
+    processor(frames.astype(np.float32) / 255, return_tensors="pt", do_rescale=False)
+    assert "floats of at most 1" not in caplog.text
+    processor(frames.astype(np.float32) / 255, return_tensors="pt")
+    assert "multiply them by 255, or pass do_rescale=False" in caplog.text
 
 
 def test_floating_pixels(frames, processor):

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import modeling_mone, modeling_mone_vivit
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .modeling_mone import (
     ClassifierMixin,
@@ -34,7 +33,6 @@ from .modeling_mone import (
     MoNEPreTrainedModel,
     expert_order,
     expert_slices,
-    nested_encoder,
 )
 from .nested_linear import Slice, is_untouched
 
@@ -75,7 +73,7 @@ class ExportForm(nn.Module):
         self.model, self.capacity, self.router_outputs = model, capacity, router_outputs
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        with _expert_streams():
+        with _expert_streams(self.model):
             result = self.model(
                 pixel_values, capacity=self.capacity, output_router_logits=self.router_outputs, return_dict=True
             )
@@ -91,16 +89,16 @@ def _router_names(number: int) -> tuple[str, str]:
 
 
 @contextmanager
-def _expert_streams() -> Iterator[None]:
-    """The models run `stream_encoder` in place of `nested_encoder`. It is all that differs in an exported model."""
-    modules = (modeling_mone, modeling_mone_vivit)
-    for module in modules:
-        module.nested_encoder = stream_encoder
+def _expert_streams(model: nn.Module) -> Iterator[None]:
+    """The model runs `stream_encoder` in place of `nested_encoder`. It is all that differs in an exported model."""
+    encoders = [module for module in model.modules() if hasattr(module, "run_layers")]
+    for encoder in encoders:
+        encoder.run_layers = stream_encoder
     try:
         yield
     finally:
-        for module in modules:
-            module.nested_encoder = nested_encoder
+        for encoder in encoders:
+            del encoder.run_layers
 
 
 def stream_encoder(
@@ -287,7 +285,7 @@ def export_onnx(
         raise ValueError(f"A model in {model.dtype} cannot be exported to ONNX: call model.float() before.")
     metadata = {
         "model_type": config.model_type,
-        "capacity": json.dumps(capacity),
+        "capacity": json.dumps(capacity, default=lambda value: value.tolist()),  # NumPy's
         "id2label": json.dumps(config.id2label),
         "image_size": json.dumps(as_pair(config.image_size)),
     }

@@ -40,7 +40,17 @@ from transformers.utils.output_capturing import capture_outputs
 from .capacity import relative_widths, resolve_capacity, tokens_per_expert
 from .checkpoints import CheckpointMixin
 from .configuration_mone import MoNEConfig, as_pair
-from .nested_linear import NestedIn, NestedOut, Slice, groups, is_traced, is_untouched, lay_out_for_inference, widen
+from .nested_linear import (
+    NestedIn,
+    NestedOut,
+    Slice,
+    check_adapters,
+    groups,
+    is_traced,
+    is_untouched,
+    lay_out_for_inference,
+    widen,
+)
 from .packed_linear import Packable, PackedLinear
 from .routing import Router
 
@@ -236,7 +246,10 @@ class MoNELayer(GradientCheckpointingLayer):
         feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
         slices: the experts' tokens and widths.
         """
-        if feature_mask is not None or torch.is_grad_enabled() or self.training:
+        if feature_mask is not None or len(slices) > 1 or slices[0][2] < hidden_states.shape[-1]:
+            check_adapters(*self.attention.children(), *self.mlp.children())
+        is_watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self.attention, self.mlp))
+        if feature_mask is not None or torch.is_grad_enabled() or self.training or is_watched:
             x = self.layernorm_before(hidden_states)
             update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
             hidden_states = self._residual(hidden_states, update, feature_mask, None)
@@ -618,19 +631,22 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
         The outputs stay the same at every capacity and batch size, to rounding, and so do state dict and saved files.
         Small batches use weights stored input by input; larger ones copies packed for every expert, in float32 only,
-        which take 1.9 times the memory of the layers for four experts. `train()` frees these copies, other weights
-        or another dtype put them out of use: call it again then.
+        which take 1.9 times the memory of the layers for four experts. `train()` undoes both; other weights or another
+        dtype put the copies out of use: call it again then. (A few weights changed through `.data` go unnoticed.)
+        Weights in shared memory, or views of a flat buffer, become tensors of their own.
 
         Returns:
             The model itself.
         """
         widths = expert_widths(self.config)
-        for module in self.eval().modules():
-            if isinstance(module, (NestedIn, NestedOut)):
-                lay_out_for_inference(module)
-        for module in self.modules():
-            if isinstance(module, Packable):
-                module.pack(widths)
+        # Weights made under inference mode could not be trained on.
+        with torch.inference_mode(False):
+            for module in self.eval().modules():
+                if isinstance(module, (NestedIn, NestedOut)):
+                    lay_out_for_inference(module)
+            for module in self.modules():
+                if isinstance(module, Packable):
+                    module.pack(widths)
         return self
 
     def project_alpha_(self) -> None:
@@ -640,17 +656,23 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
                 module.project_alpha_()
 
 
+# Of transformers' own; what it also has for language models, such as `is_causal`, would act on sorted tokens.
+KEYWORDS = ("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict")
+
+
 def check_kwargs(model: nn.Module, kwargs: dict) -> None:
     """Raise TypeError for a keyword that a forward does not know; transformers would swallow it silently."""
     for name in kwargs:
-        if name not in TransformersKwargs.__annotations__:
-            close = difflib.get_close_matches(name, ["capacity", "generator", *TransformersKwargs.__annotations__], 1)
+        if name not in KEYWORDS:
+            close = difflib.get_close_matches(name, ["capacity", "generator", *KEYWORDS], 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}.{hint}")
 
 
 class MoNEModel(MoNEPreTrainedModel):
     """MoNE vision transformer without a head."""
+
+    run_layers = staticmethod(nested_encoder)
 
     def __init__(self, config: MoNEConfig):
         super().__init__(config)
@@ -714,7 +736,7 @@ class MoNEModel(MoNEPreTrainedModel):
         counts = token_counts(self.config, capacity, grid[0] * grid[1])
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, grid)
-        return nested_encoder(
+        return self.run_layers(
             self.config,
             self.layers,
             self.routers,

@@ -116,6 +116,8 @@ class MoNEViViTEncoder(PositionedTokens):
         routed: whether it has the config's routers; else it runs at full width.
     """
 
+    run_layers = staticmethod(nested_encoder)
+
     def __init__(self, config: MoNEViViTConfig, grid: tuple[int, int], num_layers: int, routed: bool):
         super().__init__(config, grid)
         self.config = config
@@ -133,7 +135,7 @@ class MoNEViViTEncoder(PositionedTokens):
     ) -> EncoderOutput:
         """(B, N, D) -> (B, num_prefix + N, D) after the norm, and what `nested_encoder` returns."""
         tokens = self.add_positions(tokens, grid)
-        output = nested_encoder(
+        output = self.run_layers(
             self.config, self.layers, self.routers, tokens, self.num_prefix, counts, generator, **kwargs
         )
         output.last_hidden_state = self.layernorm(output.last_hidden_state)

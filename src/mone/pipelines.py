@@ -26,7 +26,11 @@ class CapacityMixin:
     A call's `capacity` wins over the constructor's; with neither (`None`) the model takes `config.capacity`.
     """
 
+    input_axes = 3  # of an image, or a video, as an array
+
     def __call__(self, inputs, **kwargs):
+        if self._takes_capacity() and getattr(inputs, "ndim", 0) == self.input_axes + 1:
+            inputs = list(inputs)  # a batch, of which the stock call would return the first result
         # Before the stock call, which draws the first item of a generator or a data set.
         self._check_capacity(kwargs.get("capacity"))
         return super().__call__(inputs, **kwargs)
@@ -106,7 +110,8 @@ class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline
         capacity:
             As in [`MoNEImageClassificationPipeline`].
         inputs (`str`, `bytes`, array, or a list of these):
-            Paths, http(s) URLs, the bytes of a file, arrays (frames, height, width, channels), lists of frames.
+            Paths, http(s) URLs, the bytes of a file, arrays (frames, height, width, channels), lists of frames. An
+            array of five axes is a list of videos.
         num_clips (`int`, *optional*, defaults to the video processor's):
             Clips of each video with linearly spaced starts, over whose logits the result is averaged (paper: 8).
         frame_sampling_rate (`int`, *optional*, defaults to the video processor's):
@@ -121,6 +126,8 @@ class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline
         ValueError: `capacity`, an option or a video is not allowed; a file that cannot be decoded is named.
         TypeError: `capacity` or `num_clips` for a model that is not MoNE, or an unknown keyword.
     """
+
+    input_axes = 4
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

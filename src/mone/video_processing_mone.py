@@ -20,10 +20,13 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
 )
-from transformers.utils import TensorType
+from transformers.utils import TensorType, logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .video_decoding import VideoDecodeError, VideoReader, clip_indices, uniform_indices
+
+
+logger = logging.get_logger(__name__)
 
 
 SAMPLINGS = ("dense", "uniform")
@@ -227,6 +230,11 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
                 for index in np.unique(wanted).tolist()
             }
             clips = torch.stack([done[index] for index in wanted.flatten().tolist()]).unflatten(0, wanted.shape)
+            if clips.is_floating_point() and options["do_rescale"] and clips.amax() <= 1:
+                logger.warning_once(
+                    "The pixels of a video are floats of at most 1, but count as up to 255: multiply them by 255, or "
+                    "pass do_rescale=False."
+                )
 
         clips = self.rescale_and_normalize(
             clips.to(options["device"]) if options["device"] is not None else clips,
