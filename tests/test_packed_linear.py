@@ -123,7 +123,7 @@ def load(model):
         lambda model: setattr(model.mone.layers[0].mlp, "fc1", make_model().mone.layers[1].mlp.fc1),
         lambda model: model.double().float(),
         lambda model: [parameter.data.mul_(1.5) for parameter in model.mone.layers.parameters()],
-        torch.inference_mode()(lambda model: model.load_state_dict({k: 1.1 * v for k, v in model.state_dict().items()})),
+        torch.inference_mode()(lambda model: model.load_state_dict({k: 2 * v for k, v in model.state_dict().items()})),
     ],
     ids=["step", "load", "in place", "parameter", "module", "to", "data", "load under inference mode"],
 )
