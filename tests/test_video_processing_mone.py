@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 from transformers import AutoVideoProcessor, PreTrainedConfig
-from transformers.utils import logging
 from videos import REAL, needs_real_videos
 
 from mone.video_decoding import VideoDecodeError, VideoReader, clip_indices, uniform_indices
@@ -207,7 +206,6 @@ def test_all_kinds_of_input_agree(frames, file, processor, tmp_path):
 
 
 def test_floats_up_to_1_are_asked_about(frames, processor, caplog):
-    logging.get_logger("mone").addHandler(caplog.handler)
     processor(frames.astype(np.float32), return_tensors="pt")
     processor(frames.astype(np.float32) / 255, return_tensors="pt", do_rescale=False)
     assert "floats of at most 1" not in caplog.text
