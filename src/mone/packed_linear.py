@@ -67,7 +67,7 @@ class PackedLinear:
         return linear(x, self.weights[d], self.bias[:d], activation, [], "none")
 
 
-def _sample(weight: torch.Tensor, count: int = 256) -> torch.Tensor:
+def _sample(weight: torch.Tensor, count: int = 16) -> torch.Tensor:
     """Values from all over a weight, whatever its layout."""
     count = min(count, weight.numel())
     return weight.detach().as_strided((count,), (weight.numel() // count,))
