@@ -148,6 +148,17 @@ def test_prepared_under_inference_mode_it_can_be_used_outside():
     torch.testing.assert_close(run(made.optimize_for_inference()), run(plain), atol=1e-5, rtol=0)
 
 
+def test_recorded_outputs_do_not_put_it_out_of_use(calls):
+    """The hooks by which transformers records them stay on the layers for good."""
+    model = make_model().optimize_for_inference()
+    with torch.no_grad():
+        model(IMAGES, capacity=0.4, output_hidden_states=True)
+    assert model.mone.layers[0].attention._forward_hooks
+    calls.clear()
+    run(model)
+    assert len(calls) == 4 * 4 * 2  # products, experts, layers
+
+
 def test_training_frees_it():
     model = make_model().optimize_for_inference()
     modules = [m for m in model.modules() if isinstance(m, (MoNEAttention, MoNEMLP))]

@@ -48,6 +48,7 @@ from .nested_linear import (
     groups,
     is_traced,
     is_untouched,
+    is_watched,
     lay_out_for_inference,
     widen,
 )
@@ -248,8 +249,8 @@ class MoNELayer(GradientCheckpointingLayer):
         """
         if feature_mask is not None or len(slices) > 1 or slices[0][2] < hidden_states.shape[-1]:
             check_adapters(*self.attention.children(), *self.mlp.children())
-        is_watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self.attention, self.mlp))
-        if feature_mask is not None or torch.is_grad_enabled() or self.training or is_watched:
+        watched = is_watched(self.attention) or is_watched(self.mlp)
+        if feature_mask is not None or torch.is_grad_enabled() or self.training or watched:
             x = self.layernorm_before(hidden_states)
             update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
             hidden_states = self._residual(hidden_states, update, feature_mask, None)

@@ -113,6 +113,12 @@ def is_untouched(module: nn.Module) -> bool:
     return type(module) in (NestedIn, NestedOut) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook sees what the module computes; transformers' own record outputs, change nothing and stay on."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+
 def is_traced() -> bool:
     """Whether a compiler looks on: it plans memory itself, and gets the same products as plain operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

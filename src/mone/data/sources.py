@@ -127,7 +127,7 @@ def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[st
         for parent, folders, files in os.walk(folder, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for file in sorted(files):
-                if not file.startswith(".") and Path(file).suffix.lower() in suffixes:
+                if not file.startswith(".") and os.path.splitext(file)[1].lower() in suffixes:
                     rows.append((os.path.join(parent, file), folder.name))
         if len(rows) == count:
             empty.append(folder.name)
