@@ -36,7 +36,7 @@ from mone.conversion import (
     load_image_model_and_processor,
     resize_and_crop,
 )
-from mone.data import collate_examples, load_image_datasets, make_image_transforms
+from mone.data import bytes_to_pixels, collate_examples, load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import (
     DataArguments,
@@ -131,6 +131,7 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
         min_crop=data_args.min_crop,
         randaugment_layers=data_args.randaugment_layers,
         randaugment_magnitude=data_args.randaugment_magnitude,
+        as_bytes=True,
     )
     data_sets = make_examples(model, splits, transforms, data_args, training_args)
     if model_args.calibrate and training_args.do_train:
@@ -139,7 +140,8 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
         loader = DataLoader(
             data_sets["train"], CALIBRATION_IMAGES, shuffle=True, generator=generator, collate_fn=collate_examples
         )
-        calibrate(model, next(iter(loader))["pixel_values"])
+        scale, shift = bytes_to_pixels(processor, model.config.num_channels)
+        calibrate(model, next(iter(loader))["pixel_values"] * scale + shift)
     return model, processor, data_sets
 
 

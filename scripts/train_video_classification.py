@@ -165,6 +165,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
         grayscale=data_args.grayscale,
         randaugment_layers=data_args.randaugment_layers,
         randaugment_magnitude=data_args.randaugment_magnitude,
+        as_bytes=True,
     )
     return model, processor, make_examples(model, splits, transforms, data_args, training_args)
 

@@ -229,7 +229,7 @@ def test_every_allocation_is_a_capacity(allocation):
         0.4j,
         None,
         ...,
-        object(),
+        pytest.param(object(), id="object"),
         {},
         {0.25: 1},
         {0.1, 0.2, 0.3, 0.4},

@@ -5,6 +5,7 @@ The measure is the *efficiency*: the speed-up over the dense model divided by th
 1 means that every saved multiplication is felt; the paper reached 0.84 on a V100 (Fig. 6).
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -43,9 +44,9 @@ from .modeling_mone_vivit import MoNEViViTForVideoClassification
 from .training.schedules import PAPER_GRID, CapacitySchedule
 
 
-# How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, or in
-# ONNX Runtime, in float32 or in int8.
-MODES = ("eager", "prepared", "compiled", "onnx", "onnx_int8")
+# How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, as one
+# CUDA graph, or in ONNX Runtime, in float32 or in int8.
+MODES = ("eager", "prepared", "compiled", "graphed", "onnx", "onnx_int8")
 # What else may be timed beside: timm's dense ViT, and token merging with as many multiply-accumulates as each MoNE.
 BASELINES = ("timm", "token_merging")
 
@@ -131,8 +132,9 @@ def measure(
         config: of an image or video model with mean pooling.
         capacities: one row each and mode.
         batch_size: images or clips.
-        modes: of `MODES`. With "compiled", "onnx" and "onnx_int8" the dense model is timed in this mode, too: in ONNX
-            Runtime with all threads of torch, exported and quantised by the same functions.
+        modes: of `MODES`. With "compiled", "graphed", "onnx" and "onnx_int8" the dense model is timed in this mode,
+            too: in ONNX Runtime with all threads of torch, exported and quantised by the same functions. "graphed"
+            takes the time of the kernels alone, without Python's, on an NVIDIA GPU.
         baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package.
         train: forward and backward instead of inference; in eager mode only. Two rows more have a schedule for their
             mode and no capacity: "uniform", the mean over the capacities of [`PAPER_GRID`], and "joint", all nested
@@ -152,7 +154,7 @@ def measure(
 
     Raises:
         ValueError: for an unknown mode or baseline, a capacity that is not allowed, training in another mode than
-            eager, or ONNX on another device than the CPU or in another dtype than float32.
+            eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or in another dtype than float32.
     """
     if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
         raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
@@ -161,6 +163,8 @@ def measure(
     onnx_modes = [mode for mode in modes if mode.startswith("onnx")]
     if onnx_modes and (torch.device(device).type != "cpu" or dtype != torch.float32):
         raise ValueError(f"modes {onnx_modes} run on the CPU in float32, not on {device} in {dtype}.")
+    if "graphed" in modes and torch.device(device).type != "cuda":
+        raise ValueError(f"mode 'graphed' needs device='cuda', got {device!r}.")
     for capacity in capacities:
         config.resolve_capacity(capacity)
     is_video = isinstance(config, MoNEViViTConfig)
@@ -188,6 +192,8 @@ def measure(
         for layer in (*compiled_dense.layers, *compiled_dense.temporal):
             layer.compile(dynamic=False)
         variants["dense", "compiled", None] = lambda: run(compiled_dense)
+    if "graphed" in modes:
+        variants["dense", "graphed", None] = _captured(lambda: run(dense))
     if onnx_modes:
         with tempfile.TemporaryDirectory() as temporary:
             for mode, capacity in itertools.product(onnx_modes, (None, *capacities)):
@@ -205,7 +211,8 @@ def measure(
                 if isinstance(module, MoNELayer):
                     module.compile(dynamic=False)
         for capacity in capacities:
-            variants["mone", mode, capacity] = lambda m=models[mode], c=capacity: run(m, capacity=c)
+            call = functools.partial(run, models[mode], capacity=capacity)
+            variants["mone", mode, capacity] = _captured(call) if mode == "graphed" else call
     joint = CapacitySchedule("joint", num_experts=config.num_experts)(0)
     schedules = {"uniform": PAPER_GRID, "joint": joint} if train else {}
     for schedule, steps in schedules.items():
@@ -223,8 +230,8 @@ def measure(
 
     with (
         torch.set_grad_enabled(train),
-        # Frozen, weights are constants that inductor packs for its matrix products.
-        torch._inductor.config.patch(freezing=True),
+        # Frozen, weights are constants that inductor packs for its matrix products on a CPU. It takes a graph a layer.
+        torch._inductor.config.patch(freezing=torch.device(device).type == "cpu"),
         # A graph for each layer and capacity.
         torch._dynamo.config.patch(recompile_limit=2 * config.num_hidden_layers * (len(capacities) + 1)),
     ):
@@ -261,6 +268,19 @@ def measure(
             row["compile_seconds"] = first[name, mode, capacity][0] - median
         rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def _captured(call: Callable[[], object]) -> Callable[[], None]:
+    """All kernels of a call as one CUDA graph, which a single launch runs."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # libraries ask for memory at their first call, which a capture does not allow
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def timm_vit(config: MoNEConfig) -> nn.Module:

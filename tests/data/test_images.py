@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from transformers import ViTImageProcessor
 
 from mone.conversion import resize_and_crop
-from mone.data import LabelledExamples, collate_examples, load_image_datasets, make_image_transforms
+from mone.data import LabelledExamples, bytes_to_pixels, collate_examples, load_image_datasets, make_image_transforms
 from mone.data.augmentation import randaugment
 
 
@@ -144,6 +144,22 @@ def test_training_keeps_the_processors_resampling_and_normalisation():
         crops = [augment(image) for _ in range(200)]
         expected = processor(images=image, return_tensors="pt").pixel_values[0]
         assert min((crop - expected).abs().max() for crop in crops) < 0.02, options
+
+
+@pytest.mark.parametrize("options", [{}, {"do_normalize": False}, {"image_mean": [0.1, 0.2, 0.3]}])
+def test_bytes_become_the_same_pixels(options):
+    processor = ViTImageProcessor(size={"height": 32, "width": 32}, **options)
+    scale, shift = bytes_to_pixels(processor, 3)
+    results = []
+    for as_bytes in (False, True):
+        torch.manual_seed(0)
+        transform = make_image_transforms(processor, (16, 24), train=True, randaugment_layers=2, as_bytes=as_bytes)
+        results.append(transform(picture(0, size=(48, 40))))
+    floats, given = results
+    assert given.dtype == torch.uint8 and given.shape == floats.shape == (3, 16, 24)
+    torch.testing.assert_close(given * scale + shift, floats, atol=1e-6, rtol=0)
+    evaluated = make_image_transforms(processor, (32, 32), train=False, as_bytes=True)(picture(0))
+    assert evaluated.dtype == torch.float32, "what an evaluation sees is the processor's own"
 
 
 def test_training_transform_flips_only_when_asked():

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Value, Video
 
 from mone import MoNEViViTVideoProcessor
-from mone.data import LabelledExamples, LabelledStream, load_video_datasets, make_video_transforms
+from mone.data import LabelledExamples, LabelledStream, bytes_to_pixels, load_video_datasets, make_video_transforms
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -157,6 +157,18 @@ def test_training_takes_clips_at_random_times_and_places(folder):
         seen.add(places[0])
     starts, tops, lefts = (set(values) for values in zip(*seen, strict=True))
     assert starts == set(range(6)) and tops == set(range(5)) and len(lefts) > 10
+
+
+def test_bytes_become_the_same_pixels(folder):
+    video = {"path": str(folder / "train" / "cat" / "0.mp4"), "bytes": None}
+    processor = processor_of(image_mean=[0.1, 0.2, 0.3], rescale_factor=1 / 200)
+    results = []
+    for as_bytes in (False, True):
+        torch.manual_seed(0)
+        results.append(plain(processor, color_jitter=1.0, as_bytes=as_bytes)(video))
+    scale, shift = bytes_to_pixels(processor, 3)
+    assert results[1].dtype == torch.uint8
+    torch.testing.assert_close(results[1] * scale + shift, results[0], atol=1e-5, rtol=0)
 
 
 def test_uniform_sampling_in_training(folder):

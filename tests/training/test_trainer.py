@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import double_weights, randomise_, reference_model
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
 
 from mone import (
     MoNEConfig,
@@ -69,7 +69,7 @@ def rows(count: int, labels=lambda i: i % 3) -> list[dict]:
     return [{"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": labels(i)} for i in range(count)]
 
 
-def make_trainer(tmp_path, model=None, train=None, evaluation=None, **args) -> MoNETrainer:
+def make_trainer(tmp_path, model=None, train=None, evaluation=None, processing_class=None, **args) -> MoNETrainer:
     accuracy = Accuracy()
     defaults = {"per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     return MoNETrainer(
@@ -77,6 +77,7 @@ def make_trainer(tmp_path, model=None, train=None, evaluation=None, **args) -> M
         args=MoNETrainingArguments(output_dir=str(tmp_path / "out"), **{**defaults, "use_cpu": True, **args}),
         train_dataset=train or rows(16),
         eval_dataset=evaluation or rows(9),
+        processing_class=processing_class,
         compute_metrics=lambda p: accuracy.compute(
             predictions=p.predictions.argmax(-1), references=p.label_ids.astype(int)
         ),
@@ -97,6 +98,26 @@ def test_each_step_runs_at_its_schedules_capacity(tmp_path):
     steps = [CapacitySchedule("uniform", seed=5)(step)[0] for step in range(6)]
     assert seen == [capacity for capacity in steps for _ in range(2)]
     assert len(set(seen)) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"distill_from": "self"}], ids=str)
+def test_bytes_train_as_the_pixels_they_stand_for(tmp_path, options):
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(8)]
+    processor = ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    pixels = processor(images=images, do_resize=False, return_tensors="pt").pixel_values
+    losses = []
+    for values in (images, pixels):
+        train = [{"pixel_values": value, "labels": i % 3} for i, value in enumerate(values)]
+        trainer = make_trainer(tmp_path, train=train, max_steps=3, processing_class=processor, **options)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_bytes_without_a_processor(tmp_path):
+    train = [{"pixel_values": torch.zeros(3, 16, 16, dtype=torch.uint8), "labels": 0}] * 4
+    with pytest.raises(ValueError, match="bytes need a processing_class"):
+        make_trainer(tmp_path, train=train).train()
 
 
 def test_fixed_capacity_defaults_to_the_configs(tmp_path):

@@ -49,8 +49,9 @@ def make_image_transforms(
     min_crop: float = 0.08,
     randaugment_layers: int = 0,
     randaugment_magnitude: int = 10,
+    as_bytes: bool = False,
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
-    """PIL image -> (C, height, width) float tensor.
+    """PIL image -> (C, height, width) float tensor, or uint8 in training with `as_bytes`.
 
     Args:
         image_processor: the model's. It makes the images of an evaluation, so that these are what a pipeline sees;
@@ -60,6 +61,8 @@ def make_image_transforms(
         flip: mirror half of the training images.
         min_crop: least share of the image's area that a training crop keeps.
         randaugment_layers, randaugment_magnitude: as in [`randaugment`]; no layers for none.
+        as_bytes: leave rescaling and normalisation of training images to [`MoNETrainer`], which does them on its
+            device: workers are faster by that.
 
     Raises:
         ValueError: an option that is not allowed.
@@ -70,7 +73,10 @@ def make_image_transforms(
     steps = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=image_processor.resample, antialias=True)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
-    steps += [*augment, v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps += [*augment, v2.ToImage()]
+    if as_bytes:
+        return v2.Compose(steps)
+    steps.append(v2.ToDtype(torch.float32, scale=True))
     if image_processor.do_normalize:
         steps.append(v2.Normalize(mean=image_processor.image_mean, std=image_processor.image_std))
     return v2.Compose(steps)

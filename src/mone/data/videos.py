@@ -113,6 +113,7 @@ def make_video_transforms(
     grayscale: float = 0.0,
     randaugment_layers: int = 0,
     randaugment_magnitude: int = 10,
+    as_bytes: bool = False,
 ) -> Callable[[dict], torch.Tensor]:
     """Row of a `Video` column -> (F, C, height, width) float tensor; in evaluation, with the clips axis before.
 
@@ -128,6 +129,7 @@ def make_video_transforms(
         color_jitter: probability to change brightness, contrast, saturation and hue.
         grayscale: probability to drop the colour.
         randaugment_layers, randaugment_magnitude: as in [`randaugment`]; no layers for none.
+        as_bytes: uint8 in training, as in [`make_image_transforms`].
 
     Raises:
         ValueError: an option that is not allowed.
@@ -166,6 +168,8 @@ def make_video_transforms(
 
         with VideoReader(_source(video)) as reader:
             clip = torch.from_numpy(reader.read(_random_indices(video_processor, len(reader)), resize_and_crop))
+        if as_bytes:
+            return augment(clip)
         return video_processor.rescale_and_normalize(
             augment(clip),
             video_processor.do_rescale,

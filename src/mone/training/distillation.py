@@ -16,6 +16,7 @@ from transformers import (
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..conversion import load_image_processor
+from ..data.pixels import normalisation
 from ..flops import count_macs
 from ..modeling_mone import MoNEPreTrainedModel
 
@@ -78,13 +79,12 @@ class Teacher(nn.Module):
             ) from error
 
     def _set_pixels(self, name, config, processor, image, hub):
-        channels = torch.ones(config.num_channels, 1, 1)
-        scale, shift = channels, 0 * channels
+        scale, shift = torch.ones(config.num_channels, 1, 1), torch.zeros(config.num_channels, 1, 1)
         if processor is not None:
             theirs = load_image_processor(name, **hub) if image else AutoVideoProcessor.from_pretrained(name, **hub)
             if theirs is None:
                 raise ValueError(f"The teacher {name} has no image processor, by which to normalise its pixels.")
-            (mean, std), (their_mean, their_std) = (_normalisation(p, channels) for p in (processor, theirs))
+            (mean, std), (their_mean, their_std) = (normalisation(p, config.num_channels) for p in (processor, theirs))
             scale, shift = std / their_std, (mean - their_mean) / their_std
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
@@ -113,11 +113,3 @@ class Teacher(nn.Module):
             pixel_values = resized.unflatten(0, pixel_values.shape[:-3])
         options = {"capacity": 1.0} if isinstance(self.model, MoNEPreTrainedModel) else {}
         return self.model(pixel_values=pixel_values, **options).logits
-
-
-def _normalisation(processor, channels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation that a processor subtracts and divides by, as tensors like `channels`."""
-    if not processor.do_normalize:
-        return 0 * channels, channels
-    mean, std = (torch.tensor(value, dtype=channels.dtype) for value in (processor.image_mean, processor.image_std))
-    return mean.view(-1, 1, 1).expand_as(channels), std.view(-1, 1, 1).expand_as(channels)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from ..capacity import effective_capacity, relative_widths
 from ..checkpoints import is_written_by_hand
-from ..data import LabelledStream
+from ..data import LabelledStream, bytes_to_pixels
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
@@ -92,6 +92,7 @@ class MoNETrainer(Trainer):
     forward, twice that for the backward, and the teacher's forward). `total_flos` is two operations for each of them.
 
     Training mixes examples (`args.mixup`) and smooths labels (`args.label_smoothing_factor`); evaluation does neither.
+    `pixel_values` may be bytes (uint8): they are rescaled and normalised on the device, as `processing_class` would.
     The logits of several clips of a video, pixel_values (batch, clips, frames, channels, height, width), are averaged.
 
     A run ends with a message about the last complete checkpoint when its loss or its weights are not finite
@@ -99,7 +100,8 @@ class MoNETrainer(Trainer):
     or SIGTERM, where a run on one process saves a checkpoint first.
 
     Raises:
-        ValueError: when it is made, for a capacity that the model does not allow, or a teacher that does not fit.
+        ValueError: when it is made, for a capacity that the model does not allow, a teacher that does not fit, or
+            several GPUs in one process.
     """
 
     def __init__(self, *args, **kwargs):
@@ -111,7 +113,8 @@ class MoNETrainer(Trainer):
             )
         config = self.model.config
         self.capacity = config.capacity if self.args.capacity is None else self.args.capacity
-        self._adapt(self.model)
+        if self.model_init is None:  # else it was adapted when it was made
+            self._adapt(self.model)
         self.schedule = self._make_schedule(anneal_steps=0)
         self._eval_capacity = self.capacity
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
@@ -287,6 +290,21 @@ class MoNETrainer(Trainer):
                 f"{describe_last_checkpoint(self.args.output_dir)} Start the same command again to go on from it."
             ) from None
         return output
+
+    def _prepare_inputs(self, inputs):
+        """As Trainer's; pixels that come as bytes are rescaled and normalised as the processor would."""
+        inputs = super()._prepare_inputs(inputs)
+        if inputs["pixel_values"].dtype != torch.uint8:
+            return inputs
+        scale, shift = self._bytes_to_pixels
+        return {**inputs, "pixel_values": inputs["pixel_values"] * scale + shift}
+
+    @functools.cached_property
+    def _bytes_to_pixels(self) -> list[torch.Tensor]:
+        if self.processing_class is None:
+            raise ValueError("pixel_values of bytes need a processing_class, by which to rescale and normalise them.")
+        factors = bytes_to_pixels(self.processing_class, self.model.config.num_channels)
+        return [factor.to(self.args.device) for factor in factors]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = {**self._prepare_inputs(inputs), "output_router_logits": True}

@@ -1,0 +1,24 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Pixels as bytes, a quarter of what workers would hand over as floats, and what a processor makes of them."""
+
+import torch
+
+
+def normalisation(processor, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, (channels, 1, 1) each, that a processor normalises rescaled pixels by."""
+    if not processor.do_normalize:
+        return torch.zeros(num_channels, 1, 1), torch.ones(num_channels, 1, 1)
+    mean, std = (torch.tensor(values, dtype=torch.float32) for values in (processor.image_mean, processor.image_std))
+    return tuple(values.view(-1, 1, 1).expand(num_channels, 1, 1) for values in (mean, std))
+
+
+def bytes_to_pixels(processor, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift), (channels, 1, 1) each: `bytes * scale + shift` are the `pixel_values` of an image or video.
+
+    Args:
+        processor: of images or videos; its rescaling and normalisation count.
+        num_channels: of the images.
+    """
+    mean, std = normalisation(processor, num_channels)
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    return factor / std, -mean / std
