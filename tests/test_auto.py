@@ -44,6 +44,7 @@ CODE = {
     "nested_linear.py",
     "packed_linear.py",
     "routing.py",
+    "triton_linear.py",
 }
 VIDEO_MODEL_CODE = CODE | {"modeling_mone_vivit.py"}
 VIDEO_PROCESSOR_CODE = {"video_decoding.py", "video_processing_mone.py"}

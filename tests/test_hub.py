@@ -323,7 +323,7 @@ def test_the_references_differ(pushed):
 class TestPush:
     def test_code_and_config_are_beside_the_weights(self, hub, pushed):
         code = {"capacity.py", "checkpoints.py", "configuration_mone.py", "modeling_mone.py", "nested_linear.py"}
-        code |= {"packed_linear.py", "routing.py", "config.json", "README.md", "model.safetensors"}
+        code |= {"packed_linear.py", "routing.py", "triton_linear.py", "config.json", "README.md", "model.safetensors"}
         video = {"modeling_mone_vivit.py", "video_processing_mone.py", "video_decoding.py"}
         for name in ("image", "pipeline"):
             assert set(files(hub, f"alice/{name}")) == code | {"preprocessor_config.json"}

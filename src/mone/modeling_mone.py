@@ -54,6 +54,7 @@ from .nested_linear import (
 )
 from .packed_linear import Packable, PackedLinear
 from .routing import Router
+from .triton_linear import is_possible, project_in, project_out
 
 
 @dataclass
@@ -141,7 +142,10 @@ class MoNEAttention(Packable):
         With a `residual` (N, B, D), which needs that no gradients are taken, the sum of both instead of the update.
         """
         packs = None if residual is None else self.usable_packs(hidden_states)
-        if packs is None:
+        in_kernels = residual is not None and is_possible(hidden_states, slices, *self.children())
+        if in_kernels:
+            projected = project_in(hidden_states, (self.q_proj, self.k_proj, self.v_proj), slices).chunk(3, dim=-1)
+        elif packs is None:
             projected = [proj(hidden_states, slices) for proj in (self.q_proj, self.k_proj, self.v_proj)]
         else:
             projected = torch.empty(*hidden_states.shape[:2], 3 * hidden_states.shape[2], dtype=hidden_states.dtype)
@@ -165,6 +169,8 @@ class MoNEAttention(Packable):
             **kwargs,
         )
         context = context.flatten(2).transpose(0, 1)  # (N, B, D)
+        if in_kernels:
+            return project_out(context, self.o_proj, slices, residual), attn_weights
         if packs is None:
             if residual is not None and is_untouched(self.o_proj):
                 return self.o_proj(context, slices, residual), attn_weights
@@ -211,6 +217,20 @@ class MoNEMLP(Packable):
         else:
             hidden_states = self.activation_fn(hidden_states)
         return self.fc2(hidden_states, slices)
+
+    def add_in_kernels(
+        self,
+        residual: torch.Tensor,
+        hidden_states: torch.Tensor,
+        gate: torch.Tensor | None,
+        slices: tuple[Slice, ...],
+    ) -> torch.Tensor:
+        """`residual + gate * self(hidden_states, slices)`, (N, B, D), in place; where `is_possible`."""
+        is_gelu = isinstance(self.activation_fn, GELUActivation) and not self.activation_fn._forward_hooks
+        hidden_states = project_in(hidden_states, (self.fc1,), slices, gelu=is_gelu)
+        if not is_gelu:
+            hidden_states = self.activation_fn(hidden_states)
+        return project_out(hidden_states, self.fc2, slices, residual, gate, in_place=True)
 
     def projections(self):
         return (self.fc1,), (self.fc2,)
@@ -263,6 +283,8 @@ class MoNELayer(GradientCheckpointingLayer):
         x = self.layernorm_before(hidden_states)
         hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
         x = self.layernorm_after(hidden_states)
+        if is_possible(x, slices, self.mlp.fc1, self.mlp.fc2):
+            return self.mlp.add_in_kernels(hidden_states, x, gate, slices)
         packs = self.mlp.usable_packs(x)
         for group in groups(slices, x.shape[1]) if packs is None else [(expert,) for expert in slices]:
             start, stop, width = group[0][0], group[-1][1], group[0][2]

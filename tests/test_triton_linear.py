@@ -1,0 +1,304 @@
+"""The Triton kernels against a loop over single tokens, and models with them against models without.
+
+On a GPU they run as they are. Without one they run in Triton's interpreter, in a process of its own, since Triton reads
+`TRITON_INTERPRET` when it is imported. Where Triton is not installed, what runs them is skipped.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import assert_close, randomise_
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mone import MoNEConfig, MoNEForImageClassification
+from mone.nested_linear import NestedIn, NestedOut, lay_out_for_inference
+from mone.triton_linear import Tiles, is_possible, project_in, project_out, row_table
+
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+device = "cuda" if ON_GPU else "cpu"
+# The interpreter computes with NumPy, which has no bfloat16.
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16], ids=str)
+needs_kernels = pytest.mark.skipif(not (HAS_TRITON and (ON_GPU or INTERPRETED)), reason="needs Triton and a GPU")
+needs_gpu = pytest.mark.skipif(not (HAS_TRITON and ON_GPU), reason="needs Triton and a GPU")
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+TILES = [None, Tiles(32, 32, 16, 4, 2, group=2), Tiles(16, 64, 64, 4, 3)]
+# (B, slices) of which the first is the widest expert's, with D = 32 or 192.
+SORTED = {
+    "four experts": (3, ((0, 15, 32), (15, 26, 16), (26, 38, 8), (38, 41, 4))),
+    "widths of ViT-Ti, and a prefix token": (2, ((0, 9, 192), (9, 20, 96), (20, 51, 48), (51, 60, 24))),
+    "one image": (1, ((0, 4, 192), (4, 5, 96), (5, 60, 48), (60, 77, 24))),
+    "without the largest and the third": (5, ((0, 7, 96), (7, 18, 24))),
+    "one expert": (4, ((0, 13, 8),)),
+}
+sequences = pytest.mark.parametrize(("batch", "slices"), SORTED.values(), ids=SORTED)
+tilings = pytest.mark.parametrize("tiles", TILES, ids=str)
+
+
+@pytest.mark.skipif(not HAS_TRITON or ON_GPU or INTERPRETED, reason="the tests below run here")
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def model_width(slices):
+    return 32 if slices[0][2] <= 32 else 192
+
+
+def make(cls, in_features, out_features, dtype, bias=True):
+    module = cls(in_features, out_features, bias=bias, device=device, dtype=dtype)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=in_features**-0.5)
+    return module.requires_grad_(False)
+
+
+def random(*shape, dtype):
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def naive(x, module, slices):
+    """A token at a time, in double precision: (N, B, features) -> (N, B, outputs), 0 where the expert has none."""
+    weight = module.weight.double().cpu()
+    bias = torch.zeros(len(weight)) if module.bias is None else module.bias.double().cpu()
+    x = x.double().cpu()
+    y = torch.zeros(*x.shape[:2], len(weight), dtype=torch.float64)
+    for start, stop, d in slices:
+        for n in range(start, stop):
+            for b in range(x.shape[1]):
+                if isinstance(module, NestedIn):
+                    y[n, b] = weight[:, :d] @ x[n, b, :d] + bias
+                else:
+                    y[n, b, :d] = (weight @ x[n, b] + bias)[:d]
+    return y
+
+
+@needs_kernels
+@dtypes
+@sequences
+@tilings
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_projection(batch, slices, tiles, count, bias, dtype):
+    torch.manual_seed(0)
+    width, outputs = model_width(slices), 72
+    modules = tuple(make(NestedIn, width, outputs, dtype, bias) for _ in range(count))
+    x = random(slices[-1][1], batch, width, dtype=dtype)
+    expected = torch.cat([naive(x, module, slices) for module in modules], dim=-1)
+    assert_close(project_in(x, modules, slices, tiles=tiles), expected, TOLERANCE[dtype])
+    activated = project_in(x, modules, slices, gelu=True, tiles=tiles)
+    assert activated.dtype == dtype
+    assert_close(activated, nn.functional.gelu(expected), TOLERANCE[dtype])
+
+
+@needs_kernels
+@dtypes
+@sequences
+@tilings
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_out_projection(batch, slices, tiles, in_place, gated, dtype):
+    torch.manual_seed(0)
+    width, inputs, length = model_width(slices), 40, slices[-1][1]
+    module = make(NestedOut, inputs, width, dtype, bias=gated)
+    context = random(batch, length, inputs, dtype=dtype).transpose(0, 1)  # as attention leaves it
+    residual = random(length, batch, width, dtype=dtype)
+    gate = random(length, batch, 1, dtype=dtype) if gated else None
+    update = naive(context, module, slices)
+    expected = residual.double().cpu() + (update if gate is None else gate.double().cpu() * update)
+    for x in (context, context.contiguous()):
+        given = residual.clone()
+        result = project_out(x, module, slices, given, gate, in_place, tiles)
+        assert (result.data_ptr() == given.data_ptr()) == in_place
+        assert in_place or torch.equal(given, residual)
+        assert_close(result, expected, TOLERANCE[dtype])
+        for start, stop, d in slices:
+            assert torch.equal(result[start:stop, :, d:], residual[start:stop, :, d:])
+
+
+@needs_kernels
+@dtypes
+def test_weights_laid_out_input_by_input(dtype):
+    slices = SORTED["four experts"][1]
+    x, hidden = random(41, 3, 32, dtype=dtype), random(41, 3, 64, dtype=dtype)
+    first, last = make(NestedIn, 32, 64, dtype), make(NestedOut, 64, 32, dtype)
+    results = []
+    for _ in range(2):
+        results.append((project_in(x, (first,), slices), project_out(hidden, last, slices, x)))
+        lay_out_for_inference(first)
+        lay_out_for_inference(last)
+    for before, after in zip(*results, strict=True):
+        assert_close(after, before, TOLERANCE[dtype])
+
+
+def test_tiles_of_rows_have_one_expert_each():
+    table = row_table(((0, 5, 32), (5, 7, 16), (7, 8, 8)), 3, 8, 8, torch.device("cpu"))
+    assert table.tolist() == [[0, 15, 4], [8, 15, 4], [15, 21, 2], [21, 24, 1]]
+    assert table.dtype == torch.int32
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+def make_model(dtype=torch.float16, **config):
+    fields = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+    # One router: behind a second one, tokens may go to other experts when they are rounded otherwise.
+    fields = {**fields, "image_size": 24, "patch_size": 4, "num_labels": 5, "router_layers": [0], **config}
+    return randomise_(MoNEForImageClassification(MoNEConfig(**fields)), std=0.1).to(device, dtype).eval()
+
+
+def images(dtype=torch.float16, batch=3):
+    return torch.randn(batch, 3, 24, 24, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Lists the calls of kernels; those of the interpreter may run on any device."""
+    calls = []
+
+    def listed(function):
+        def call(*args, **kwargs):
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr("mone.triton_linear.runs_on", lambda device: True)
+    for function in (project_in, project_out):
+        monkeypatch.setattr(f"mone.modeling_mone.{function.__name__}", listed(function))
+    return calls
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("capacity", [0.2, 0.4, (0, 0, 1, 0), (0.5, 0, 0.5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"pooling": "cls"}, {"hidden_act": "quick_gelu"}, {"hidden_act": "gelu_new"}, {"qkv_bias": False}],
+    ids=str,
+)
+def test_the_model_stays_the_same(config, capacity, dtype, used, monkeypatch):
+    model, x = make_model(dtype, **config), images(dtype)
+    with torch.no_grad():
+        result = model(x, capacity=capacity, output_hidden_states=True)
+        assert used == ["project_in", "project_out"] * 4
+        with torch.inference_mode():
+            assert torch.equal(model(x, capacity=capacity).logits, result.logits)
+        monkeypatch.setattr("mone.modeling_mone.is_possible", lambda *args: False)
+        expected = model(x, capacity=capacity, output_hidden_states=True)
+    assert len(used) == 16
+    assert_close(result.logits, expected.logits, 2 * TOLERANCE[dtype])
+    for state, other in zip(result.hidden_states, expected.hidden_states, strict=True):
+        assert_close(state, other, 2 * TOLERANCE[dtype])
+
+
+@needs_kernels
+def test_prepared_weights(used):
+    model, x = make_model(), images()
+    with torch.no_grad():
+        expected = model(x, capacity=0.4).logits
+        assert_close(model.optimize_for_inference()(x, capacity=0.4).logits, expected, 2e-3)
+    assert len(used) == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: None,
+        lambda model: model.mlp.fc1.register_forward_hook(lambda *args: None),
+        lambda model: model.mlp.fc1.register_forward_pre_hook(lambda *args: None),
+        lambda model: model.mlp.fc2.float(),
+        lambda model: setattr(model.mlp.fc2.bias, "data", model.mlp.fc2.bias.float()),
+        lambda model: setattr(model.mlp, "fc1", nn.Sequential(model.mlp.fc1)),
+        lambda model: nn.utils.parametrizations.weight_norm(model.mlp.fc1),
+    ],
+    ids=["none", "hook", "pre-hook", "dtype", "dtype of a bias", "another module", "parametrised"],
+)
+def test_where_they_serve(change, used):
+    layer = make_model().mone.layers[0]
+    change(layer)
+    x = torch.zeros(4, 2, 64, device=device, dtype=torch.float16)
+    slices = ((0, 1, 64), (1, 4, 16))
+    with torch.no_grad():
+        assert is_possible(x, slices, *layer.attention.children())
+        assert is_possible(x, slices, *layer.mlp.projections()[0], layer.mlp.fc2) == (change.__code__.co_names == ())
+        assert not is_possible(x, ((0, 4, 64),), *layer.attention.children())
+        assert is_possible(x, ((0, 4, 32),), *layer.attention.children())
+        assert not is_possible(x.float(), slices, *layer.attention.children())
+        with FlopCounterMode(display=False):
+            assert not is_possible(x, slices, *layer.attention.children())
+        with torch.autocast("cuda", torch.bfloat16, enabled=True):
+            assert is_possible(x, slices, *layer.attention.children()) == (not ON_GPU)
+    assert not is_possible(x, slices, *layer.attention.children())
+
+
+def test_not_where_a_user_listens(used):
+    model = make_model()
+    model.mone.layers[0].mlp.register_forward_hook(lambda *args: None)
+    model.mone.layers[1].mlp.fc1.register_forward_hook(lambda *args: None)
+    seen = []
+    layer = model.mone.layers[1]
+    layer.attention.forward = lambda *args, **kwargs: (
+        seen.append(1) or type(layer.attention).forward(layer.attention, *args, **kwargs)
+    )
+    if HAS_TRITON and (ON_GPU or INTERPRETED):
+        with torch.no_grad():
+            model(images(), capacity=0.4)
+        assert seen and used == ["project_in", "project_out"]
+
+
+def test_not_on_a_cpu_nor_in_training():
+    model = make_model().float()
+    with torch.no_grad():
+        assert not is_possible(torch.zeros(4, 2, 64), ((0, 4, 16),), *model.cpu().mone.layers[0].attention.children())
+
+
+@needs_gpu
+@dtypes
+def test_a_captured_graph_replays_on_other_input(dtype):
+    model, x = make_model(dtype, router_layers=[0, 1]), images(dtype, 64)
+    with torch.no_grad():
+        model(x, capacity=0.4)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(x, capacity=0.4)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(x, capacity=0.4).logits
+        other = x.flip(0) + 1
+        expected = model(other, capacity=0.4).logits
+        x.copy_(other)
+        graph.replay()
+    assert torch.equal(logits, expected)
+
+
+@needs_gpu
+@dtypes
+@pytest.mark.parametrize(("width", "batch"), [(384, 64), (768, 64), (768, 1)])
+def test_sizes_of_real_models(width, batch, dtype):
+    torch.manual_seed(0)
+    slices = ((0, 31, width), (31, 62, width // 2), (62, 120, width // 4), (120, 197, width // 8))
+    x, gate = random(197, batch, width, dtype=dtype), random(197, batch, 1, dtype=dtype)
+    qkv = tuple(make(NestedIn, width, width, dtype) for _ in range(3))
+    first, last = make(NestedIn, width, 4 * width, dtype), make(NestedOut, 4 * width, width, dtype)
+    with torch.no_grad():
+        expected = torch.cat([module.float()(x.float(), slices) for module in qkv], dim=-1)
+        for module in qkv:
+            module.to(dtype)
+        assert_close(project_in(x, qkv, slices), expected, TOLERANCE[dtype])
+        hidden = project_in(x, (first,), slices, gelu=True)
+        assert_close(hidden, nn.functional.gelu(first.float()(x.float(), slices)), TOLERANCE[dtype])
+        result = project_out(hidden, last, slices, x.clone(), gate, in_place=True)
+        update = last.float()(hidden.float(), slices)
+    assert_close(result, x.float() + gate.float() * update, TOLERANCE[dtype])
