@@ -71,14 +71,19 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
 
 @functools.cache
 def runs_on(device: torch.device) -> bool:
-    """Whether this device can run the kernels; tried once, since Triton needs a C compiler, too."""
+    """Whether this device can run the kernels; tried once, since this takes a C compiler and enough shared memory."""
     if triton is None or device.type != "cuda" or torch.version.cuda is None:
         return False
     if torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    module = nn.utils.skip_init(NestedIn, 16, 16, device=device, dtype=torch.float16)  # takes no random numbers
+    # Without initialisation, which would take random numbers.
+    first, last = (
+        nn.utils.skip_init(cls, 16, 16, device=device, dtype=torch.float16) for cls in (NestedIn, NestedOut)
+    )
+    x, slices = torch.zeros(1, 1, 16, device=device, dtype=torch.float16), ((0, 1, 16),)
     try:
-        project_in(torch.zeros(1, 1, 16, device=device, dtype=torch.float16), (module,), ((0, 1, 16),))
+        project_in(x, (first,), slices, tiles=IN_TILES[0])
+        project_out(x, last, slices, x, tiles=OUT_TILES[0])
     except Exception as error:  # of Triton, of the compilers it calls, of the driver
         warnings.warn(f"MoNE runs without its Triton kernels, at less speed: {error!r}", stacklevel=2)
         return False
