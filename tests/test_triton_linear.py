@@ -221,6 +221,19 @@ def test_prepared_weights(used):
     assert len(used) == 16
 
 
+@needs_kernels
+def test_a_layer_takes_any_strides_and_leaves_its_input(used, monkeypatch):
+    layer, slices = make_model().mone.layers[0], ((0, 3, 64), (3, 9, 32), (9, 11, 8))
+    gate = random(2, 11, 1, dtype=torch.float16).transpose(0, 1)
+    x = random(2, 11, 64, dtype=torch.float16).transpose(0, 1)
+    given = x.clone()
+    with torch.no_grad():
+        result = layer(x, gate, None, slices)
+        assert torch.equal(x, given) and len(used) == 4
+        monkeypatch.setattr("mone.modeling_mone.is_possible", lambda *args: False)
+        assert_close(result, layer(x.contiguous(), gate, None, slices), 4e-3)
+
+
 def possible(layer, x, slices):
     """Whether attention and MLP may run in kernels."""
     attention, mlp = layer.attention, layer.mlp

@@ -137,12 +137,12 @@ def project_out(
 
     Args:
         x: need not be contiguous, but for its last axis.
-        residual: (N, B, D), contiguous.
+        residual: (N, B, D).
         gate: (N, B, 1), None for 1.
-        in_place: write the result into `residual`.
+        in_place: write the result into `residual`, or into its copy where it is not contiguous.
         tiles: other than `OUT_TILES`.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x, residual = x if x.stride(-1) == 1 else x.contiguous(), residual.contiguous()
     weight, has_bias = module.weight, module.bias is not None
     out = residual if in_place else torch.empty_like(residual)
     tiles = tiles or OUT_TILES[x.shape[0] * x.shape[1] < MANY_ROWS]
