@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.nested_linear import NestedIn, NestedOut, lay_out_for_inference
-from mone.triton_linear import Tiles, is_possible, project_in, project_out, row_table, runs_on
+from mone.triton_linear import Tiles, is_possible, normalise, project_in, project_out, row_table, runs_on
 
 
 ON_GPU = torch.cuda.is_available()
@@ -93,6 +93,23 @@ def naive(x, module, slices):
                 else:
                     y[n, b, :d] = (weight @ x[n, b] + bias)[:d]
     return y
+
+
+@needs_kernels
+@dtypes
+@sequences
+@pytest.mark.parametrize("bias", [True, False])
+def test_norm(batch, slices, bias, dtype):
+    torch.manual_seed(0)
+    width = model_width(slices)
+    norm = nn.LayerNorm(width, eps=1e-3, bias=bias, device=device, dtype=dtype).requires_grad_(False)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = 3 + 2 * random(slices[-1][1], batch, width, dtype=dtype)
+    result, expected = normalise(x, norm, slices), norm.double()(x.double())
+    assert result.dtype == dtype
+    for start, stop, d in slices:
+        assert_close(result[start:stop, :, :d], expected[start:stop, :, :d], 2 * TOLERANCE[dtype])
 
 
 @needs_kernels
@@ -184,7 +201,7 @@ def used(monkeypatch):
         return call
 
     monkeypatch.setattr("mone.triton_linear.runs_on", lambda device: True)
-    for function in (project_in, project_out):
+    for function in (normalise, project_in, project_out):
         monkeypatch.setattr(f"mone.modeling_mone.{function.__name__}", listed(function))
     return calls
 
@@ -201,12 +218,12 @@ def test_the_model_stays_the_same(config, capacity, dtype, used, monkeypatch):
     model, x = make_model(dtype, **config), images(dtype)
     with torch.no_grad():
         result = model(x, capacity=capacity, output_hidden_states=True)
-        assert used == ["project_in", "project_out"] * 4
+        assert used == ["normalise", "project_in", "project_out"] * 4
         with torch.inference_mode():
             assert torch.equal(model(x, capacity=capacity).logits, result.logits)
         monkeypatch.setattr("mone.modeling_mone.is_possible", lambda *args: False)
         expected = model(x, capacity=capacity, output_hidden_states=True)
-    assert len(used) == 16
+    assert len(used) == 24
     assert_close(result.logits, expected.logits, 2 * TOLERANCE[dtype])
     for state, other in zip(result.hidden_states, expected.hidden_states, strict=True):
         assert_close(state, other, 2 * TOLERANCE[dtype])
@@ -218,7 +235,7 @@ def test_prepared_weights(used):
     with torch.no_grad():
         expected = model(x, capacity=0.4).logits
         assert_close(model.optimize_for_inference()(x, capacity=0.4).logits, expected, 2e-3)
-    assert len(used) == 16
+    assert len(used) == 24
 
 
 @needs_kernels
@@ -229,7 +246,7 @@ def test_a_layer_takes_any_strides_and_leaves_its_input(used, monkeypatch):
     given = x.clone()
     with torch.no_grad():
         result = layer(x, gate, None, slices)
-        assert torch.equal(x, given) and len(used) == 4
+        assert torch.equal(x, given) and len(used) == 6
         monkeypatch.setattr("mone.modeling_mone.is_possible", lambda *args: False)
         assert_close(result, layer(x.contiguous(), gate, None, slices), 4e-3)
 
@@ -237,7 +254,10 @@ def test_a_layer_takes_any_strides_and_leaves_its_input(used, monkeypatch):
 def possible(layer, x, slices):
     """Whether attention and MLP may run in kernels."""
     attention, mlp = layer.attention, layer.mlp
-    return is_possible(x, slices, *attention.children()), is_possible(x, slices, mlp.fc1, mlp.fc2)
+    return (
+        is_possible(x, slices, layer.layernorm_before, *attention.children()),
+        is_possible(x, slices, layer.layernorm_after, mlp.fc1, mlp.fc2),
+    )
 
 
 SLICES = ((0, 1, 64), (1, 4, 16))
@@ -279,6 +299,23 @@ def test_not_on_projections_that_were_changed(change, used):
         assert possible(layer, x, SLICES) == (True, False)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.layernorm_after.register_forward_hook(lambda *args: None),
+        lambda layer: setattr(layer, "layernorm_after", nn.Identity()),
+        lambda layer: layer.layernorm_after.float(),
+    ],
+    ids=["hook", "another module", "dtype"],
+)
+def test_not_behind_norms_that_were_changed(change, used):
+    layer = make_model().mone.layers[0]
+    change(layer)
+    with torch.no_grad():
+        x = torch.zeros(4, 2, 64, device=device, dtype=torch.float16)
+        assert possible(layer, x, SLICES) == (True, False)
+
+
 def test_only_on_gpus_that_run_them():
     assert not runs_on(torch.device("cpu"))
     if HAS_TRITON and ON_GPU:
@@ -296,7 +333,7 @@ def test_not_where_a_hook_sees_what_a_module_computes(used):
     with torch.no_grad():
         model(images(), capacity=0.4)
     assert set(seen) == {"mlp", "fc1"}
-    assert used == ["project_in", "project_out"]  # of the second layer's attention
+    assert used == ["normalise", "project_in", "project_out"]  # of the second layer's attention
 
 
 @needs_gpu

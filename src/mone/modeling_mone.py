@@ -54,7 +54,7 @@ from .nested_linear import (
 )
 from .packed_linear import Packable, PackedLinear
 from .routing import Router
-from .triton_linear import is_possible, project_in, project_out
+from .triton_linear import is_possible, normalise, project_in, project_out
 
 
 @dataclass
@@ -135,14 +135,15 @@ class MoNEAttention(Packable):
         hidden_states: torch.Tensor,
         slices: tuple[Slice, ...],
         residual: torch.Tensor | None = None,
+        in_kernels: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only).
 
-        With a `residual` (N, B, D), which needs that no gradients are taken, the sum of both instead of the update.
+        With a `residual` (N, B, D), which needs that no gradients are taken, the sum of both instead of the update;
+        with `in_kernels` by those of `triton_linear`, which must be possible.
         """
         packs = None if residual is None else self.usable_packs(hidden_states)
-        in_kernels = residual is not None and is_possible(hidden_states, slices, *self.children())
         if in_kernels:
             projected = project_in(hidden_states, (self.q_proj, self.k_proj, self.v_proj), slices).chunk(3, dim=-1)
         elif packs is None:
@@ -280,11 +281,16 @@ class MoNELayer(GradientCheckpointingLayer):
 
         # For inference in place, and some rows after the other: their many hidden features are read again while
         # they are in the cache; compilers, too, find more to fuse.
-        x = self.layernorm_before(hidden_states)
-        hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
-        x = self.layernorm_after(hidden_states)
-        if is_possible(x, slices, self.mlp.fc1, self.mlp.fc2):
+        in_kernels = is_possible(hidden_states, slices, self.layernorm_before, *self.attention.children())
+        if in_kernels:
+            x = normalise(hidden_states, self.layernorm_before, slices)
+        else:
+            x = self.layernorm_before(hidden_states)
+        hidden_states, _ = self.attention(x, slices, hidden_states, in_kernels, **kwargs)
+        if is_possible(hidden_states, slices, self.layernorm_after, self.mlp.fc1, self.mlp.fc2):
+            x = normalise(hidden_states, self.layernorm_after, slices)
             return self.mlp.add_in_kernels(hidden_states, x, gate, slices)
+        x = self.layernorm_after(hidden_states)
         packs = self.mlp.usable_packs(x)
         for group in groups(slices, x.shape[1]) if packs is None else [(expert,) for expert in slices]:
             start, stop, width = group[0][0], group[-1][1], group[0][2]

@@ -1,5 +1,5 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Linear layers of nested experts in one kernel each, on a GPU.
+"""Linear layers of nested experts, and the norms before them, in one kernel each, on a GPU.
 
 For inference in half precision. Where `nested_linear` takes one matrix product for each expert, here one launch
 computes the tiles of all experts, each tile over as many features as its expert has; and what follows a product (bias,
@@ -43,6 +43,8 @@ class Tiles(NamedTuple):
     """Tiles of rows whose programs run together, so that they share the weights that are in the cache."""
 
 
+# Rows of a program that normalises, and its warps.
+NORM_ROWS, NORM_WARPS = 4, 4
 # With at least MANY_ROWS rows, and with fewer.
 MANY_ROWS = 2048
 IN_TILES = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 4)
@@ -56,7 +58,7 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
         return False
     if torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cuda"):
         return False
-    if x.dtype not in (torch.float16, torch.bfloat16) or not all(is_untouched(module) for module in modules):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not all(_is_plain(module) for module in modules):
         return False
     tensors = [tensor for module in modules for tensor in (module.weight, module.bias) if tensor is not None]
     return (
@@ -67,6 +69,12 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
         and len({(m.weight.shape, m.weight.stride(), m.bias is None) for m in modules if type(m) is NestedIn}) <= 1
         and runs_on(x.device)
     )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is nn.LayerNorm:
+        return module.elementwise_affine and not (module._forward_hooks or module._forward_pre_hooks)
+    return is_untouched(module)
 
 
 @functools.cache
@@ -82,12 +90,32 @@ def runs_on(device: torch.device) -> bool:
     )
     x, slices = torch.zeros(1, 1, 16, device=device, dtype=torch.float16), ((0, 1, 16),)
     try:
+        normalise(x, nn.LayerNorm(16, device=device, dtype=torch.float16), slices)
         project_in(x, (first,), slices, tiles=IN_TILES[0])
         project_out(x, last, slices, x, tiles=OUT_TILES[0])
     except Exception as error:  # of Triton, of the compilers it calls, of the driver
         warnings.warn(f"MoNE runs without its Triton kernels, at less speed: {error!r}", stacklevel=2)
         return False
     return True
+
+
+def normalise(x: torch.Tensor, norm: nn.LayerNorm, slices: tuple[Slice, ...]) -> torch.Tensor:
+    """(N, B, D) -> (N, B, D): `norm(x)`, of which an expert's tokens get the first d features, all it reads.
+
+    The others are left as they are in memory.
+    """
+    x = x.contiguous()
+    width, y = x.shape[-1], torch.empty_like(x)
+    unit = math.gcd(16, *(d for _, _, d in slices))
+    table = row_table(slices, x.shape[1], NORM_ROWS, unit, x.device)
+    bias = norm.weight if norm.bias is None else norm.bias
+    with torch.cuda.device_of(x):
+        _norm_kernel[(len(table),)](
+            *(x, norm.weight, bias, y, table),
+            **{"WIDTH": width, "EPS": norm.eps, "HAS_BIAS": norm.bias is not None, "UNIT": unit},
+            **{"BLOCK_M": NORM_ROWS, "BLOCK_D": triton.next_power_of_2(width), "num_warps": NORM_WARPS},
+        )
+    return y
 
 
 def project_in(
@@ -183,6 +211,35 @@ if triton is not None:
     # Sizes of weights are constants, as a model has few. Those of inputs are not, so that neither another batch nor
     # another capacity is compiled again. A width d comes as a multiple of UNIT, by which the compiler knows that
     # neighbouring features can be loaded together.
+
+    @triton.jit
+    def _norm_kernel(
+        x,
+        w,
+        b,
+        y,
+        table,
+        WIDTH: tl.constexpr,
+        EPS: tl.constexpr,
+        HAS_BIAS: tl.constexpr,
+        UNIT: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+    ):
+        entry = table + 3 * tl.program_id(0)
+        row, row_stop, d = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2) * UNIT
+        rows, features = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        exists = (features < WIDTH)[None, :]
+        # Rows beyond the expert's are read as its last, and not written.
+        read = tl.minimum(rows, row_stop - 1).to(tl.int64)[:, None] * WIDTH + features[None, :]
+        values = tl.load(x + read, mask=exists, other=0.0).to(tl.float32)
+        centred = tl.where(exists, values - (tl.sum(values, 1) / WIDTH)[:, None], 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + EPS)
+        total = centred * scale[:, None] * tl.load(w + features, mask=features < WIDTH, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            total += tl.load(b + features, mask=features < WIDTH, other=0.0).to(tl.float32)
+        mask = (rows < row_stop)[:, None] & (features < d)[None, :]
+        tl.store(y + rows.to(tl.int64)[:, None] * WIDTH + features[None, :], total.to(y.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _locate(table, num_row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
