@@ -156,6 +156,10 @@ class MoNEAttention(Packable):
         query, key, value = (
             x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected
         )  # (B, H, N, D / H) each
+        if in_kernels and self.config._attn_implementation == "sdpa":
+            # Not by the interface, which would copy the context to another order: its strides are as good.
+            context = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+            return project_out(context.permute(2, 0, 1, 3).flatten(2), self.o_proj, slices, residual), None
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
