@@ -70,13 +70,14 @@ def main(argv: list[str] | None = None) -> dict:
     examples = data_sets["validation"]
     size = count_rows(examples.split)
     num_clips = task.clips_of_evaluation(processor, data_args) if is_video else 1
-    if is_video and data_args.clips:
+    numbers = data_args.clips if is_video else []
+    if numbers:
         rows = []
-        for num_clips in data_args.clips:
-            examples.transforms = make_video_transforms(processor, train=False, num_clips=num_clips)
-            name = f"MoNE, {num_clips}x1"
+        for number in numbers:
+            examples.transforms = make_video_transforms(processor, train=False, num_clips=number)
+            name = f"MoNE, {number}x1"
             rows += measure_accuracy(
-                model, processor, examples, args, name=name, num_clips=num_clips, calibration=data_args.calibration
+                model, processor, examples, args, name=name, num_clips=number, calibration=data_args.calibration
             )
     else:
         rows = measure_accuracy(
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "commands": [shlex.join(["python", "scripts/evaluate.py", *argv])],
     }
-    if is_video and data_args.clips:
+    if numbers:
         results["gmacs"] = "one video, all its clips"
     elif num_clips > 1:
         results["gmacs"] = compute_of_clips(num_clips)

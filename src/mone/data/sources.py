@@ -125,7 +125,7 @@ def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[st
             continue
         count = len(rows)
         for parent, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
             for file in sorted(files):
                 if not file.startswith(".") and os.path.splitext(file)[1].lower() in suffixes:
                     rows.append((os.path.join(parent, file), folder.name))

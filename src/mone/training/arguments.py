@@ -140,7 +140,11 @@ class MoNETrainingArguments(TrainingArguments):
             raise ValueError(f"distillation_weight={self.distillation_weight} must be in [0, 1].")
         if not self.distillation_temperature > 0:
             raise ValueError(f"distillation_temperature={self.distillation_temperature} must be above 0.")
-        if self.distill_from is None and (self.distillation_weight, self.distillation_temperature) != (0.5, 1.0):
+        default = MoNETrainingArguments
+        if self.distill_from is None and (self.distillation_weight, self.distillation_temperature) != (
+            default.distillation_weight,
+            default.distillation_temperature,
+        ):
             raise ValueError(
                 f"distillation_weight={self.distillation_weight} and distillation_temperature="
                 f"{self.distillation_temperature} are for distill_from, which is not given."

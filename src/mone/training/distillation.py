@@ -68,7 +68,15 @@ class Teacher(nn.Module):
             raise ValueError(f"The teacher {name} has {theirs.num_labels} classes, the student {config.num_labels}.")
         if [theirs.id2label[i] for i in range(theirs.num_labels)] != [config.id2label[i] for i in theirs.id2label]:
             logger.warning("The classes of the teacher %s are named or ordered otherwise than the student's.", name)
-        self._set_pixels(name, config, processor, not video, hub)
+        if processor is None:
+            theirs = None
+        elif video:
+            theirs = AutoVideoProcessor.from_pretrained(name, **hub)
+        else:
+            theirs = load_image_processor(name, **hub)
+            if theirs is None:
+                raise ValueError(f"The teacher {name} has no image processor, by which to normalise its pixels.")
+        self._set_pixels(config, processor, theirs)
         shape = (config.num_channels, *as_pair(config.image_size))
         example = torch.zeros(1, config.num_frames, *shape) if video else torch.zeros(1, *shape)
         try:
@@ -78,12 +86,9 @@ class Teacher(nn.Module):
                 f"The teacher {name} does not take the student's pixel_values of shape {tuple(example.shape)}: {error}"
             ) from error
 
-    def _set_pixels(self, name, config, processor, image, hub):
+    def _set_pixels(self, config, processor, theirs):
         scale, shift = torch.ones(config.num_channels, 1, 1), torch.zeros(config.num_channels, 1, 1)
         if processor is not None:
-            theirs = load_image_processor(name, **hub) if image else AutoVideoProcessor.from_pretrained(name, **hub)
-            if theirs is None:
-                raise ValueError(f"The teacher {name} has no image processor, by which to normalise its pixels.")
             (mean, std), (their_mean, their_std) = (normalisation(p, config.num_channels) for p in (processor, theirs))
             scale, shift = std / their_std, (mean - their_mean) / their_std
         self.register_buffer("scale", scale, persistent=False)
