@@ -219,6 +219,8 @@ def test_growth_names_axes_and_attention(monkeypatch):
 def test_modes_that_do_not_exist(options):
     with pytest.raises(ValueError, match="modes="):
         measure(image_config(), [0.4], 1, **options)
+    with pytest.raises(ValueError, match="mode 'graphed' needs device='cuda', got 'cpu'"):
+        measure(image_config(), [0.4], 1, modes=("graphed",))
 
 
 def test_the_routing_share_is_of_the_forward(monkeypatch):
