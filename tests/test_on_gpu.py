@@ -131,9 +131,10 @@ def test_autocast_and_half_precision(make, dtype):
 
 
 @MODELS
-def test_a_captured_graph_replays_on_other_input(make):
-    model = make().cuda()
-    x = example(model).cuda()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_captured_graph_replays_on_other_input(make, dtype):
+    model = make().to("cuda", dtype)
+    x = example(model).to("cuda", dtype)
     with torch.no_grad():
         model(x, capacity=0.4)
         stream = torch.cuda.Stream()
