@@ -14,6 +14,8 @@ import torch
 from reference import assert_close, randomise_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.nested_linear import NestedIn, NestedOut, lay_out_for_inference
@@ -288,8 +290,10 @@ def test_where_they_serve(used):
         lambda mlp: setattr(mlp.fc2.bias, "data", mlp.fc2.bias.float()),
         lambda mlp: setattr(mlp, "fc1", nn.Linear(64, 80, device=device, dtype=torch.float16)),
         lambda mlp: nn.utils.parametrizations.weight_norm(mlp.fc1),
+        lambda mlp: setattr(mlp.fc1, "forward", lambda x, slices: x),
+        lambda mlp: setattr(mlp.fc1.bias, "data", mlp.fc1.bias.repeat_interleave(2)[::2]),
     ],
-    ids=["hook", "pre-hook", "dtype", "dtype of a bias", "another module", "parametrised"],
+    ids=["hook", "pre-hook", "dtype", "dtype of a bias", "another module", "parametrised", "forward", "strides"],
 )
 def test_not_on_projections_that_were_changed(change, used):
     layer = make_model().mone.layers[0]
@@ -305,8 +309,9 @@ def test_not_on_projections_that_were_changed(change, used):
         lambda layer: layer.layernorm_after.register_forward_hook(lambda *args: None),
         lambda layer: setattr(layer, "layernorm_after", nn.Identity()),
         lambda layer: layer.layernorm_after.float(),
+        lambda layer: setattr(layer.layernorm_after, "forward", lambda x: x),
     ],
-    ids=["hook", "another module", "dtype"],
+    ids=["hook", "another module", "dtype", "forward"],
 )
 def test_not_behind_norms_that_were_changed(change, used):
     layer = make_model().mone.layers[0]
@@ -314,6 +319,73 @@ def test_not_behind_norms_that_were_changed(change, used):
     with torch.no_grad():
         x = torch.zeros(4, 2, 64, device=device, dtype=torch.float16)
         assert possible(layer, x, SLICES) == (True, False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", ["attention", "mlp"])
+@pytest.mark.parametrize("how", ["forward", "subclass", "hook of all modules"])
+def test_what_replaces_a_module_runs(place, how, used):
+    model, x = make_model(), images()
+    module, seen = getattr(model.mone.layers[0], place), []
+    with torch.no_grad():
+        expected = model(x, capacity=0.4).logits
+        assert len(used) == 12
+        plain = module.forward
+
+        def forward(*args, **kwargs):
+            seen.append(place)
+            return plain(*args, **kwargs)
+
+        if how == "forward":
+            module.forward = forward
+        elif how == "subclass":
+            module.__class__ = type("Mine", (type(module),), {"forward": lambda self, *a, **k: forward(*a, **k)})
+        else:
+            handle = nn.modules.module.register_module_forward_hook(lambda m, *args: seen.append(m))
+        try:
+            assert_close(model(x, capacity=0.4).logits, expected, 4e-3)
+        finally:
+            if how == "hook of all modules":
+                handle.remove()
+    assert place in seen or module in seen
+
+
+@needs_kernels
+def test_attention_that_replaces_sdpa_runs(used, monkeypatch):
+    model, x = make_model(), images()
+    with torch.no_grad():
+        expected = model(x, capacity=0.4).logits
+        calls = []
+
+        def replaced(*args, **kwargs):
+            calls.append(kwargs["scaling"])
+            return sdpa_attention_forward(*args, **kwargs)
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", replaced)
+        assert_close(model(x, capacity=0.4).logits, expected, 2e-3)
+    assert len(calls) == 2 and len(used) == 24
+
+
+def test_a_lack_of_memory_does_not_last(monkeypatch):
+    device, tries = torch.device("cuda", 7), []
+
+    def trial(*args):
+        tries.append(args)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError
+        return True
+
+    monkeypatch.setattr("mone.triton_linear.triton", "installed")
+    monkeypatch.setattr("mone.triton_linear._runs_on", {})
+    monkeypatch.setattr("mone.triton_linear._try_on", trial)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not runs_on(device) and not tries  # which allows no trial
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        runs_on(device)
+    assert runs_on(device) and runs_on(device) and len(tries) == 2
 
 
 def test_only_on_gpus_that_run_them():

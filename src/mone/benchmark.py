@@ -193,7 +193,7 @@ def measure(
             layer.compile(dynamic=False)
         variants["dense", "compiled", None] = lambda: run(compiled_dense)
     if "graphed" in modes:
-        variants["dense", "graphed", None] = _captured(lambda: run(dense))
+        variants["dense", "graphed", None] = _captured(lambda: run(dense), device)
     if onnx_modes:
         with tempfile.TemporaryDirectory() as temporary:
             for mode, capacity in itertools.product(onnx_modes, (None, *capacities)):
@@ -212,7 +212,7 @@ def measure(
                     module.compile(dynamic=False)
         for capacity in capacities:
             call = functools.partial(run, models[mode], capacity=capacity)
-            variants["mone", mode, capacity] = _captured(call) if mode == "graphed" else call
+            variants["mone", mode, capacity] = _captured(call, device) if mode == "graphed" else call
     joint = CapacitySchedule("joint", num_experts=config.num_experts)(0)
     schedules = {"uniform": PAPER_GRID, "joint": joint} if train else {}
     for schedule, steps in schedules.items():
@@ -271,8 +271,9 @@ def measure(
 
 
 @torch.no_grad()
-def _captured(call: Callable[[], object]) -> Callable[[], None]:
-    """All kernels of a call as one CUDA graph, which a single launch runs."""
+def _captured(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """All kernels of a call on this GPU as one CUDA graph, which a single launch runs."""
+    torch.cuda.set_device(device)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN, GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -156,13 +157,14 @@ class MoNEAttention(Packable):
         query, key, value = (
             x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected
         )  # (B, H, N, D / H) each
-        if in_kernels and self.config._attn_implementation == "sdpa":
-            # Not by the interface, which would copy the context to another order: its strides are as good.
-            context = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
-            return project_out(context.permute(2, 0, 1, 3).flatten(2), self.o_proj, slices, residual), None
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if in_kernels and attention_interface is sdpa_attention_forward:
+            # Which would copy the context to another order: its strides are as good.
+            dropout = self.attention_dropout if self.training else 0.0
+            context = nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, scale=self.scaling)
+            return project_out(context.permute(2, 0, 1, 3).flatten(2), self.o_proj, slices, residual), None
         context, attn_weights = attention_interface(
             self,
             query,
@@ -285,13 +287,19 @@ class MoNELayer(GradientCheckpointingLayer):
 
         # For inference in place, and some rows after the other: their many hidden features are read again while
         # they are in the cache; compilers, too, find more to fuse.
-        in_kernels = is_possible(hidden_states, slices, self.layernorm_before, *self.attention.children())
+        in_kernels = type(self.attention) is MoNEAttention and is_possible(
+            hidden_states, slices, self.layernorm_before, *self.attention.children()
+        )
         if in_kernels:
             x = normalise(hidden_states, self.layernorm_before, slices)
         else:
             x = self.layernorm_before(hidden_states)
-        hidden_states, _ = self.attention(x, slices, hidden_states, in_kernels, **kwargs)
-        if is_possible(hidden_states, slices, self.layernorm_after, self.mlp.fc1, self.mlp.fc2):
+        if in_kernels:
+            kwargs["in_kernels"] = True
+        hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
+        if type(self.mlp) is MoNEMLP and is_possible(
+            hidden_states, slices, self.layernorm_after, self.mlp.fc1, self.mlp.fc2
+        ):
             x = normalise(hidden_states, self.layernorm_after, slices)
             return self.mlp.add_in_kernels(hidden_states, x, gate, slices)
         x = self.layernorm_after(hidden_states)

@@ -114,7 +114,12 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what the module computes; transformers' own record outputs, change nothing and stay on."""
+    """Whether a hook sees what the module computes, or another function computes it.
+
+    transformers' own hooks record outputs, change nothing and stay on.
+    """
+    if "forward" in module.__dict__:
+        return True
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 

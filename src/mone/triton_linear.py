@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .nested_linear import NestedIn, NestedOut, Slice, is_traced, is_untouched
@@ -58,11 +59,14 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
         return False
     if torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cuda"):
         return False
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return False
     if x.dtype not in (torch.float16, torch.bfloat16) or not all(_is_plain(module) for module in modules):
         return False
     tensors = [tensor for module in modules for tensor in (module.weight, module.bias) if tensor is not None]
     return (
         all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
+        and all(tensor.is_contiguous() for tensor in tensors if tensor.dim() == 1)
         # Sharded and quantised weights are other types, and a mode (FlopCounterMode) would not see the kernels.
         and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in (x, *tensors))
         and _get_current_dispatch_mode() is None
@@ -72,18 +76,29 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
 
 
 def _is_plain(module: nn.Module) -> bool:
+    """Whether calling the module does what its class says and nothing else."""
+    if "forward" in module.__dict__:  # replaced, as Accelerate's hooks do
+        return False
     if type(module) is nn.LayerNorm:
         return module.elementwise_affine and not (module._forward_hooks or module._forward_pre_hooks)
     return is_untouched(module)
 
 
-@functools.cache
+_runs_on: dict[torch.device, bool] = {}
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether this device can run the kernels; tried once, since this takes a C compiler and enough shared memory."""
-    if triton is None or device.type != "cuda" or torch.version.cuda is None:
-        return False
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
+    if device not in _runs_on:
+        if triton is None or device.type != "cuda" or torch.version.cuda is None:
+            return False
+        if torch.cuda.is_current_stream_capturing():  # which allows no trial
+            return False
+        _runs_on[device] = torch.cuda.get_device_capability(device) >= (8, 0) and _try_on(device)
+    return _runs_on[device]
+
+
+def _try_on(device: torch.device) -> bool:
     # Without initialisation, which would take random numbers.
     first, last = (
         nn.utils.skip_init(cls, 16, 16, device=device, dtype=torch.float16) for cls in (NestedIn, NestedOut)
@@ -93,6 +108,8 @@ def runs_on(device: torch.device) -> bool:
         normalise(x, nn.LayerNorm(16, device=device, dtype=torch.float16), slices)
         project_in(x, (first,), slices, tiles=IN_TILES[0])
         project_out(x, last, slices, x, tiles=OUT_TILES[0])
+    except torch.OutOfMemoryError:  # another call may have more
+        raise
     except Exception as error:  # of Triton, of the compilers it calls, of the driver
         warnings.warn(f"MoNE runs without its Triton kernels, at less speed: {error!r}", stacklevel=2)
         return False

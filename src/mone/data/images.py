@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
 from .augmentation import randaugment
+from .pixels import bytes_to_pixels
 from .sources import load_labelled_datasets, read_parquet
 
 
@@ -65,7 +66,8 @@ def make_image_transforms(
             device: workers are faster by that.
 
     Raises:
-        ValueError: an option that is not allowed.
+        ValueError: an option that is not allowed, or, for training, a processor that does more than rescale and
+            normalise.
     """
     augment = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
@@ -73,10 +75,10 @@ def make_image_transforms(
     steps = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=image_processor.resample, antialias=True)]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
-    steps += [*augment, v2.ToImage()]
-    if as_bytes:
-        return v2.Compose(steps)
-    steps.append(v2.ToDtype(torch.float32, scale=True))
-    if image_processor.do_normalize:
-        steps.append(v2.Normalize(mean=image_processor.image_mean, std=image_processor.image_std))
-    return v2.Compose(steps)
+    scale, shift = bytes_to_pixels(image_processor, 3)
+    steps += [*augment, v2.ToImage(), v2.ToPureTensor()]
+    return v2.Compose(steps if as_bytes else [*steps, functools.partial(_pixels, scale=scale, shift=shift)])
+
+
+def _pixels(image: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    return image * scale + shift

@@ -18,7 +18,18 @@ def bytes_to_pixels(processor, num_channels: int) -> tuple[torch.Tensor, torch.T
     Args:
         processor: of images or videos; its rescaling and normalisation count.
         num_channels: of the images.
+
+    Raises:
+        ValueError: a processor that does more to pixels than this.
     """
+    further = [
+        name for name in ("offset", "rescale_offset", "do_flip_channel_order") if getattr(processor, name, False)
+    ]
+    if further or not hasattr(processor, "do_normalize"):
+        what = f"has {further[0]}=True" if further else "does not say how it normalises"
+        raise ValueError(
+            f"{type(processor).__name__} {what}: bytes cannot be made its pixels. Hand over its pixel_values instead."
+        )
     mean, std = normalisation(processor, num_channels)
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     return factor / std, -mean / std
