@@ -199,6 +199,23 @@ def test_hooks_and_adapters_are_not_passed_by(calls):
     assert (run(model) - expected).abs().max() > 1e-3
 
 
+def test_a_replaced_forward_runs(calls):
+    """As Accelerate's hooks replace it."""
+    model = make_model().optimize_for_inference()
+    expected = run(model)
+    assert calls
+    projection, seen = model.mone.layers[0].mlp.fc1, []
+    plain = projection.forward
+
+    def replaced(*args):
+        seen.append(args)
+        return plain(*args)
+
+    projection.forward = replaced
+    torch.testing.assert_close(run(model), expected, atol=1e-5, rtol=0)
+    assert seen
+
+
 def test_autocast_and_other_types_do_without_it(calls):
     model = make_model()
     with torch.autocast("cpu", torch.bfloat16):

@@ -230,7 +230,7 @@ def measure(
 
     with (
         torch.set_grad_enabled(train),
-        # Frozen, weights are constants that inductor packs for its matrix products on a CPU. It takes a graph a layer.
+        # Frozen, weights are constants that inductor packs for its products on a CPU; each layer then has a graph.
         torch._inductor.config.patch(freezing=torch.device(device).type == "cpu"),
         # A graph for each layer and capacity.
         torch._dynamo.config.patch(recompile_limit=2 * config.num_hidden_layers * (len(capacities) + 1)),
@@ -273,14 +273,14 @@ def measure(
 @torch.no_grad()
 def _captured(call: Callable[[], object], device: str) -> Callable[[], None]:
     """All kernels of a call on this GPU as one CUDA graph, which a single launch runs."""
-    torch.cuda.set_device(device)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # libraries ask for memory at their first call, which a capture does not allow
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        call()
+    with torch.cuda.device(device):  # which need not have a number
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # libraries ask for memory at their first call, which a capture does not allow
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            call()
     return graph.replay
 
 

@@ -208,22 +208,26 @@ class MoNEMLP(Packable):
         packs: tuple[PackedLinear, PackedLinear] | None = None,
     ) -> torch.Tensor:
         """(N, B, D) -> update (N, B, d of the largest expert among the slices). `packs` serve one expert."""
-        is_gelu = isinstance(self.activation_fn, GELUActivation) and not self.activation_fn._forward_hooks
         if packs is not None:
             ((_, _, d),) = slices
-            if is_gelu:
+            if self.is_gelu:
                 return packs[1](packs[0](hidden_states, d, "gelu"), d)
             return packs[1](self.activation_fn(packs[0](hidden_states, d)), d)
         hidden_states = self.fc1(hidden_states, slices)
         # Unless a hook may have kept them for a user to see.
         in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
-        if is_gelu and torch.is_grad_enabled() and is_untouched(self.fc2):
+        if self.is_gelu and torch.is_grad_enabled() and is_untouched(self.fc2):
             return self.fc2(hidden_states, slices, after_gelu=True)
-        if in_place and is_gelu:
+        if in_place and self.is_gelu:
             torch.ops.aten.gelu_(hidden_states)  # in the cache; there is no public name
         else:
             hidden_states = self.activation_fn(hidden_states)
         return self.fc2(hidden_states, slices)
+
+    @property
+    def is_gelu(self) -> bool:
+        """Whether the activation is the exact GELU, and nobody listens to it."""
+        return isinstance(self.activation_fn, GELUActivation) and not self.activation_fn._forward_hooks
 
     def add_in_kernels(
         self,
@@ -233,9 +237,8 @@ class MoNEMLP(Packable):
         slices: tuple[Slice, ...],
     ) -> torch.Tensor:
         """`residual + gate * self(hidden_states, slices)`, (N, B, D), in place; where `is_possible`."""
-        is_gelu = isinstance(self.activation_fn, GELUActivation) and not self.activation_fn._forward_hooks
-        hidden_states = project_in(hidden_states, (self.fc1,), slices, gelu=is_gelu)
-        if not is_gelu:
+        hidden_states = project_in(hidden_states, (self.fc1,), slices, gelu=self.is_gelu)
+        if not self.is_gelu:
             hidden_states = self.activation_fn(hidden_states)
         return project_out(hidden_states, self.fc2, slices, residual, gate, in_place=True)
 
@@ -292,10 +295,9 @@ class MoNELayer(GradientCheckpointingLayer):
         )
         if in_kernels:
             x = normalise(hidden_states, self.layernorm_before, slices)
+            kwargs["in_kernels"] = True
         else:
             x = self.layernorm_before(hidden_states)
-        if in_kernels:
-            kwargs["in_kernels"] = True
         hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
         if type(self.mlp) is MoNEMLP and is_possible(
             hidden_states, slices, self.layernorm_after, self.mlp.fc1, self.mlp.fc2

@@ -110,7 +110,12 @@ def check_adapters(*modules: nn.Module) -> None:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether nobody listens to this projection (hooks) or has put another in its place (adapters)."""
-    return type(module) in (NestedIn, NestedOut) and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) in (NestedIn, NestedOut) and is_unhooked(module)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's `forward`, which Accelerate's hooks replace, and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_watched(module: nn.Module) -> bool:

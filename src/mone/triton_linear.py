@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .nested_linear import NestedIn, NestedOut, Slice, is_traced, is_untouched
+from .nested_linear import NestedIn, NestedOut, Slice, is_traced, is_unhooked, is_untouched
 
 
 try:
@@ -53,7 +53,7 @@ OUT_TILES = Tiles(128, 64, 64, 4, 4), Tiles(64, 64, 64, 4, 4)
 
 
 def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module) -> bool:
-    """Whether the kernels compute for x (N, B, D) what these projections would, and faster."""
+    """Whether the kernels compute for x (N, B, D) what these projections and norms would, and faster."""
     # One full expert is the dense model, whose products are those that cuBLAS is made for.
     if len(slices) == 1 and slices[0][2] == x.shape[-1]:
         return False
@@ -76,11 +76,9 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling the module does what its class says and nothing else."""
-    if "forward" in module.__dict__:  # replaced, as Accelerate's hooks do
-        return False
+    """Whether this is a norm or a projection, and calling it does what its class says and nothing else."""
     if type(module) is nn.LayerNorm:
-        return module.elementwise_affine and not (module._forward_hooks or module._forward_pre_hooks)
+        return module.elementwise_affine and is_unhooked(module)
     return is_untouched(module)
 
 
