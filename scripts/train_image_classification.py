@@ -121,6 +121,8 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
         if not training_args.do_train:
             check_classifier(model, checkpoint)
     size = as_pair(model.config.image_size)
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
     if model_args.resize is not None:
         resize_and_crop(processor, model_args.resize, size)
     transforms = functools.partial(

@@ -153,6 +153,8 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
             image_processor = load_image_processor(init_from, **model_args.hub)
             image_processor = fit_image_processor(image_processor, init_from, model.config)
         processor = make_video_processor(model.config, image_processor, **options)
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
     if model_args.resize is not None:
         resize_and_crop(processor, model_args.resize, as_pair(model.config.image_size))
     transforms = functools.partial(

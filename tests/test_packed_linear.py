@@ -50,6 +50,10 @@ def run(model, capacity=0.4):
         return model(IMAGES, capacity=capacity).logits
 
 
+HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN has no bfloat16 products for this CPU")
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("d", WIDTHS)
 def test_products_are_those_of_the_weights_slices(d, bias):
@@ -90,6 +94,25 @@ def test_arg_max_routing_stays_the_same():
     model = make_model(router_type="argmax")
     expected = run(model)
     torch.testing.assert_close(run(model.optimize_for_inference()), expected, atol=1e-5, rtol=0)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [0, 1000])
+@pytest.mark.parametrize("capacity", [0.125, 0.4, 1.0])
+def test_the_model_stays_the_same_in_bfloat16(capacity, rows, calls, monkeypatch):
+    """At any number of rows. Both differ from float32 by rounding, and from each other by no more than that."""
+    monkeypatch.setattr("mone.packed_linear.SHARED_ROWS", rows)
+    exact, model = run(make_model(), capacity), make_model().bfloat16()
+    rounding = (run(model, capacity) - exact).abs().max()
+    model.optimize_for_inference()
+    assert not calls
+    assert (run(model, capacity) - exact).abs().max() <= 2 * rounding
+    assert calls
+
+
+@pytest.mark.skipif(HAS_BFLOAT16, reason="this CPU has it")
+def test_a_cpu_without_bfloat16_does_without_it():
+    assert make_model().bfloat16().optimize_for_inference().mone.layers[0].mlp.packed is None
 
 
 def test_only_large_batches_use_it(calls, monkeypatch):
@@ -222,7 +245,7 @@ def test_autocast_and_other_types_do_without_it(calls):
         expected = run(model)
         torch.testing.assert_close(run(model.optimize_for_inference()), expected)
     assert not calls
-    assert make_model().bfloat16().optimize_for_inference().mone.layers[0].mlp.packed is None
+    assert make_model().half().optimize_for_inference().mone.layers[0].mlp.packed is None
 
 
 def test_widths():

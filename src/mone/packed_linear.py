@@ -36,11 +36,16 @@ class PackedLinear:
 
     @staticmethod
     def is_possible(*modules: nn.Module) -> bool:
-        """Where there are kernels for it: float32 on a CPU that oneDNN knows."""
-        return torch.backends.mkldnn.is_available() and all(
+        """Where there are kernels for it: float32 on a CPU that oneDNN knows, bfloat16 on one that has it."""
+        if not torch.backends.mkldnn.is_available():
+            return False
+        dtypes = [torch.float32]
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # inductor asks it; there is no public name
+            dtypes.append(torch.bfloat16)
+        return all(
             type(module) in (NestedIn, NestedOut)
             and module.weight.device.type == "cpu"
-            and module.weight.dtype == torch.float32
+            and module.weight.dtype in dtypes
             and not module.weight.is_inference()  # which does not tell when it is changed
             for module in modules
         )
@@ -105,8 +110,9 @@ class Packable(nn.Module):
 
     def usable_packs(self, x: torch.Tensor) -> tuple[PackedLinear, PackedLinear] | None:
         """What was packed, if it computes for x (N, B, ...) what the projections would, and faster."""
-        # With few rows time goes into reading weights, and experts that share products read each of them once.
-        if self.packed is None or x.shape[0] * x.shape[1] <= SHARED_ROWS:
+        # With few rows time goes into reading weights, and experts that share products read each of them once. In
+        # bfloat16, where weights are half as large, packed ones are faster for any number of rows.
+        if self.packed is None or (x.shape[0] * x.shape[1] <= SHARED_ROWS and x.dtype == torch.float32):
             return None
         if torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cpu"):
             return None

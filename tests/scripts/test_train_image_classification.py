@@ -79,6 +79,21 @@ def test_a_new_model_learns_and_can_be_loaded(tmp_path, parquet):
     assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_accuracy"] == metrics["eval_accuracy"]
 
 
+@pytest.mark.parametrize("name", ["eager", "flex_attention", "nonsense"])
+def test_the_named_attention_is_used(tmp_path, parquet, name, monkeypatch):
+    monkeypatch.setattr(script, "train_and_evaluate", lambda model, *args: model)
+    arguments = [
+        *(*parquet, "--config_overrides", TINY, "--do_eval", "--attn_implementation", name),
+        *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), *QUIET),
+    ]
+    if name == "nonsense":
+        with pytest.raises(ValueError, match=r"nonsense.*not supported"):
+            script.main(arguments)
+        return
+    for layer in script.main(arguments).mone.layers:
+        assert layer.attention.config._attn_implementation == name
+
+
 def test_a_vit_checkpoint_from_folders_with_sample_limits(tmp_path):
     images, labels = digits(60)
     for split, part in (("train", slice(0, 40)), ("validation", slice(40, 60))):

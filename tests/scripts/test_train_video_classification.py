@@ -77,6 +77,20 @@ def test_a_new_model_learns_what_only_time_tells(tmp_path, clips):
     assert np.mean(right) == pytest.approx(metrics["eval_capacity_0.4_accuracy"])
 
 
+def test_the_named_attention_is_used_in_space_and_time(tmp_path, clips, monkeypatch):
+    monkeypatch.setattr(script, "train_and_evaluate", lambda model, *args: model)
+    model = script.main(
+        [
+            *("--validation_dir", str(clips / "validation"), "--train_dir", str(clips / "train")),
+            *("--config_overrides", TINY, "--do_eval", "--attn_implementation", "eager"),
+            *("--output_dir", str(tmp_path / "out"), *NO_AUGMENTATION, *QUIET),
+        ]
+    )
+    for encoder in (model.mone_vivit.spatial, model.mone_vivit.temporal):
+        for layer in encoder.layers:
+            assert layer.attention.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("kind", ["vit", "mone"])
 def test_it_starts_from_an_image_model(tmp_path, clips, kind):
     torch.manual_seed(0)

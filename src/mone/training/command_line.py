@@ -66,6 +66,13 @@ class ModelArguments:
             "and videos to 256/224 of the image size."
         },
     )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "eager, sdpa, flash_attention_2, flex_attention, ..., as Transformers has them. Default: sdpa. With "
+            "--bf16 on a CPU eager may be faster."
+        },
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token for private models and data."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and data sets are cached."})
