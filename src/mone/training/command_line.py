@@ -69,8 +69,8 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "eager, sdpa, flash_attention_2, flex_attention, ..., as Transformers has them. Default: sdpa. With "
-            "--bf16 on a CPU eager may be faster."
+            "help": "eager, sdpa, flash_attention_2, flex_attention, ..., as Transformers has them. Default: sdpa. "
+            "With --bf16 on a CPU eager may be faster."
         },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
