@@ -19,6 +19,7 @@ The layers, their names and state-dict keys follow transformers' ViT (`models/vi
 """
 
 import difflib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ from .capacity import relative_widths, resolve_capacity, tokens_per_expert
 from .checkpoints import CheckpointMixin
 from .configuration_mone import MoNEConfig, as_pair
 from .nested_linear import (
+    SHARED_ROWS,
     NestedIn,
     NestedOut,
     Slice,
@@ -673,10 +675,10 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
         """Lay the weights out for the matrix products of the experts on a CPU, and go to eval mode.
 
         The outputs stay the same at every capacity and batch size, to rounding, and so do state dict and saved files.
-        Small batches use weights stored input by input; larger ones, and bfloat16 where the CPU has it, use copies
-        packed for every expert, which take 1.9 times the memory of the layers for four experts. `train()` undoes both;
-        other weights or another dtype put the copies out of use: call it again then. (A few weights changed through
-        `.data` go unnoticed.)
+        In float32, and bfloat16 where the CPU has it, weights are copied and packed for every expert, which takes 1.9
+        times the memory of the layers for four experts. Small batches use the copies, or weights stored input by
+        input, by what is faster on this machine, which it measures. `train()` undoes both; other weights or another
+        dtype put the copies out of use: call it again then. (A few weights changed through `.data` go unnoticed.)
         Weights in shared memory, or views of a flat buffer, become tensors of their own.
 
         Returns:
@@ -688,9 +690,13 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
             for module in self.eval().modules():
                 if isinstance(module, (NestedIn, NestedOut)):
                     lay_out_for_inference(module)
-            for module in self.modules():
-                if isinstance(module, Packable):
-                    module.pack(widths)
+            packables = [module for module in self.modules() if isinstance(module, Packable)]
+            for module in packables:
+                module.pack(widths)
+        if all(module.packed is not None for module in packables):
+            few_rows = packs_win_with_few_rows(self)
+            for module in packables:
+                module.packed_for_few_rows = few_rows
         return self
 
     def project_alpha_(self) -> None:
@@ -698,6 +704,25 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Router):
                 module.project_alpha_()
+
+
+@torch.no_grad()
+def packs_win_with_few_rows(model: PreTrainedModel) -> bool:
+    """Whether the layers are faster with packed weights where there are few rows, as in one image: by timing both."""
+    config, tokens = model.config, SHARED_ROWS // 2
+    slices = expert_slices(config, tokens_per_expert((1 / config.num_experts,) * config.num_experts, tokens), 0)
+    x = torch.zeros(tokens, 1, config.hidden_size, dtype=model.dtype)
+    layers = [module for module in model.modules() if isinstance(module, MoNELayer)]
+    seconds = {False: [], True: []}
+    # All layers, and in turn, so that weights come from memory as they will.
+    for packed, times in [*seconds.items()] * 3:
+        for layer in layers:
+            layer.attention.packed_for_few_rows = layer.mlp.packed_for_few_rows = packed
+        start = time.perf_counter()
+        for layer in layers:
+            layer(x, None, None, slices)
+        times.append(time.perf_counter() - start)
+    return min(seconds[True]) < min(seconds[False])
 
 
 # Of transformers' own; what it also has for language models, such as `is_causal`, would act on sorted tokens.

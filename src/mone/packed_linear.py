@@ -86,6 +86,9 @@ class Packable(nn.Module):
     """
 
     packed: tuple[PackedLinear, PackedLinear] | None = None
+    packed_for_few_rows = False
+    """Whether they also serve up to `SHARED_ROWS` rows. Time goes into reading weights there, and experts that share
+    products read each of them once; which is faster depends on the machine."""
 
     def projections(self) -> tuple[tuple[NestedIn, ...], tuple[NestedOut]]:
         """The modules to pack together: those that read the input, and the one that writes the output."""
@@ -110,9 +113,7 @@ class Packable(nn.Module):
 
     def usable_packs(self, x: torch.Tensor) -> tuple[PackedLinear, PackedLinear] | None:
         """What was packed, if it computes for x (N, B, ...) what the projections would, and faster."""
-        # With few rows time goes into reading weights, and experts that share products read each of them once. In
-        # bfloat16, where weights are half as large, packed ones are faster for any number of rows.
-        if self.packed is None or (x.shape[0] * x.shape[1] <= SHARED_ROWS and x.dtype == torch.float32):
+        if self.packed is None or (x.shape[0] * x.shape[1] <= SHARED_ROWS and not self.packed_for_few_rows):
             return None
         if torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cpu"):
             return None
