@@ -54,13 +54,19 @@ def test_a_state_dict_is_the_same_at_capacity_one(variant):
     vit = make_timm(**VARIANTS[variant])
     size = vit.patch_embed.img_size
     options = {"image_size": size} if size[0] != size[1] else {}
-    options |= {"hidden_act": "quick_gelu"} if variant == "clip" else {}
+    options |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-6} if variant == "clip" else {}
     model = mone_from_vit(vit.state_dict(), num_attention_heads=2, **options)
     pixel_values = torch.randn(2, 3, *size)
     with torch.no_grad():
         output = model(pixel_values)
         output = output.logits if "logits" in output else output.pooler_output
         torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+def test_the_norms_of_clip_in_a_state_dict():
+    vit = make_timm("vit_base_patch16_clip_224")
+    model = mone_from_vit(vit.state_dict(), num_attention_heads=2)
+    assert model.config.layer_norm_eps == vit.blocks[0].norm1.eps == 1e-5
 
 
 @pytest.mark.parametrize("as_state_dict", [False, True])
