@@ -445,13 +445,18 @@ def test_stochastic_depth_skips_and_scales_whole_examples(capacity, router_type)
     assert 3 <= untouched.sum() <= 20, "a quarter of 40"
 
 
-def test_stochastic_depth_keeps_the_expectation():
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_stochastic_depth_keeps_the_expectation(batch_first):
     model = make_model(drop_path_rate=0.3, num_hidden_layers=2, router_layers=(1,), alpha=0.5, std=0.05)
     layer, x = model.mone.layers[-1].train(), torch.randn(6, 1, model.config.hidden_size)
     gate, update = torch.rand(6, 1, 1) + 1, 0.1 * torch.randn_like(x)
 
     def residual(copies):
-        return layer._residual(*(t.expand(-1, copies, -1) for t in (x, update)), None, gate.expand(-1, copies, -1))
+        tensors = [t.expand(-1, copies, -1) for t in (x, update, gate)]
+        if batch_first:
+            states, updates, gates = (t.transpose(0, 1) for t in tensors)
+            return layer._residual(states, updates, None, gates, True).transpose(0, 1)
+        return layer._residual(*tensors[:2], None, tensors[2], False)
 
     with torch.no_grad():
         mean = residual(20000).mean(1)

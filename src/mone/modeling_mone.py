@@ -5,7 +5,8 @@ One pre-norm ViT holds E nested experts: expert i works on the first d_i = D / 2
 out-projection. A router ranks the tokens once, Expert Preferred Routing gives each expert a fixed number of them,
 and the tokens are sorted by expert, largest first. From there on every expert is one block of rows, so that the
 layers neither gather nor mask; the order is restored once, at the end. Inside the layers tokens come first and images
-second, (N, B, D): this makes the blocks contiguous for every batch size (`nested_linear.py`).
+second, (N, B, D): this makes the blocks contiguous for every batch size (`nested_linear.py`). Where one expert has all
+tokens, as at capacity 1.0, nothing is sorted, and images stay first.
 
 Axis letters:
     B  batch
@@ -140,12 +141,14 @@ class MoNEAttention(Packable):
         slices: tuple[Slice, ...],
         residual: torch.Tensor | None = None,
         in_kernels: bool = False,
+        batch_first: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only).
 
-        With a `residual` (N, B, D), which needs that no gradients are taken, the sum of both instead of the update;
-        with `in_kernels` by those of `triton_linear`, which must be possible.
+        With `batch_first` all are (B, N, ...), as in [`MoNELayer`]. With a `residual` (N, B, D), which needs that no
+        gradients are taken, the sum of both instead of the update; with `in_kernels` by those of `triton_linear`,
+        which must be possible.
         """
         packs = None if residual is None else self.usable_packs(hidden_states)
         if in_kernels:
@@ -157,8 +160,9 @@ class MoNEAttention(Packable):
             for start, stop, d in slices:
                 projected[start:stop] = packs[0](hidden_states[start:stop], d)
             projected = projected.chunk(3, dim=-1)
+        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
         query, key, value = (
-            x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(1, 2, 0, 3) for x in projected
+            x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(order) for x in projected
         )  # (B, H, N, D / H) each
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -167,7 +171,8 @@ class MoNEAttention(Packable):
             # Which would copy the context to another order: its strides are as good.
             dropout = self.attention_dropout if self.training else 0.0
             context = nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, scale=self.scaling)
-            return project_out(context.permute(2, 0, 1, 3).flatten(2), self.o_proj, slices, residual), None
+            context = context.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
+            return project_out(context, self.o_proj, slices, residual), None
         context, attn_weights = attention_interface(
             self,
             query,
@@ -178,7 +183,8 @@ class MoNEAttention(Packable):
             scaling=self.scaling,
             **kwargs,
         )
-        context = context.flatten(2).transpose(0, 1)  # (N, B, D)
+        context = context.flatten(2)  # (B, N, D)
+        context = context if batch_first else context.transpose(0, 1)
         if in_kernels:
             return project_out(context, self.o_proj, slices, residual), attn_weights
         if packs is None:
@@ -274,6 +280,7 @@ class MoNELayer(GradientCheckpointingLayer):
         gate: torch.Tensor | None,
         feature_mask: torch.Tensor | None,
         slices: tuple[Slice, ...],
+        batch_first: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Args:
@@ -281,17 +288,20 @@ class MoNELayer(GradientCheckpointingLayer):
         gate: (N, B, 1) factor of the MLP's update, None for 1.
         feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
         slices: the experts' tokens and widths.
+        batch_first: all of these are (B, N, ...), and the one slice is of images. Where all tokens have one expert
+            there is nothing to sort, and no copy is made.
         """
         if feature_mask is not None or len(slices) > 1 or slices[0][2] < hidden_states.shape[-1]:
             check_adapters(*self.attention.children(), *self.mlp.children())
         watched = is_watched(self.attention) or is_watched(self.mlp)
         if feature_mask is not None or torch.is_grad_enabled() or self.training or watched:
             x = self.layernorm_before(hidden_states)
-            update, _ = self.attention(x if feature_mask is None else x * feature_mask, slices, **kwargs)
-            hidden_states = self._residual(hidden_states, update, feature_mask, None)
+            x = x if feature_mask is None else x * feature_mask
+            update, _ = self.attention(x, slices, batch_first=batch_first, **kwargs)
+            hidden_states = self._residual(hidden_states, update, feature_mask, None, batch_first)
             x = self.layernorm_after(hidden_states)
             update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
-            return self._residual(hidden_states, update, feature_mask, gate)
+            return self._residual(hidden_states, update, feature_mask, gate, batch_first)
 
         # For inference in place, and some rows after the other: their many hidden features are read again while
         # they are in the cache; compilers, too, find more to fuse.
@@ -303,7 +313,7 @@ class MoNELayer(GradientCheckpointingLayer):
             kwargs["in_kernels"] = True
         else:
             x = self.layernorm_before(hidden_states)
-        hidden_states, _ = self.attention(x, slices, residual=hidden_states, **kwargs)
+        hidden_states, _ = self.attention(x, slices, residual=hidden_states, batch_first=batch_first, **kwargs)
         if type(self.mlp) is MoNEMLP and is_possible(
             hidden_states, slices, self.layernorm_after, self.mlp.fc1, self.mlp.fc2
         ):
@@ -321,20 +331,21 @@ class MoNELayer(GradientCheckpointingLayer):
                 target.addcmul_(gate[start:stop], update)
         return hidden_states
 
-    def _residual(self, hidden_states, update, feature_mask, gate):
+    def _residual(self, hidden_states, update, feature_mask, gate, batch_first):
         update = widen(self.dropout(update), hidden_states.shape[-1])
         if feature_mask is not None:
             update = update * feature_mask
-        gate = self._drop_path(gate, hidden_states)
+        gate = self._drop_path(gate, hidden_states, batch_first)
         return hidden_states + update if gate is None else torch.addcmul(hidden_states, gate, update)
 
-    def _drop_path(self, gate, hidden_states):
+    def _drop_path(self, gate, hidden_states, batch_first):
         """Stochastic depth, as another factor of an update."""
         if not self.training or self.drop_path == 0:
             return gate
-        kept = torch.rand(1, hidden_states.shape[1], 1, device=hidden_states.device) >= self.drop_path
+        shape = (hidden_states.shape[0], 1, 1) if batch_first else (1, hidden_states.shape[1], 1)
+        kept = torch.rand(shape, device=hidden_states.device) >= self.drop_path
         # Those kept count for those dropped, so that the expectation is what evaluation computes.
-        scale = (kept.to(hidden_states.dtype) / (1.0 - self.drop_path)).expand(hidden_states.shape[0], -1, -1)
+        scale = (kept.to(hidden_states.dtype) / (1.0 - self.drop_path)).expand(*hidden_states.shape[:2], 1)
         return scale if gate is None else gate * scale
 
 
@@ -353,7 +364,7 @@ class EncoderOutput(ModelOutput):
 
     last_hidden_state: torch.FloatTensor | None = None
     token_orders: tuple[torch.LongTensor | None, ...] | None = None
-    """For each layer, the (B, sequence) order its tokens are in, or None for the original one."""
+    """For each layer, the (B, sequence) order its tokens are in, or None for the original one, images first."""
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -407,13 +418,14 @@ def nested_encoder(
         The tokens before the final norm in original order, and the routers' decisions.
     """
     routers = dict(zip(config.router_layers, routers, strict=True)) if len(routers) else {}
-    slices = ((0, hidden_states.shape[1], config.hidden_size),)
+    batch = hidden_states.shape[0]
+    slices = ((0, batch, config.hidden_size),)
     order, gate, feature_mask = None, None, None
     orders, router_logits, expert_indices = [], [], []
-    tokens = None if 0 in routers else take_tokens(hidden_states, order)  # (num_prefix + N, B, D)
+    tokens = hidden_states.contiguous()  # the layers write into tensors like it
     for index, layer in enumerate(layers):
         if index in routers:
-            hidden_states = hidden_states if tokens is None else restore_order(tokens, order)
+            hidden_states = restore_order(tokens, order)
             routing = routers[index](hidden_states[:, num_prefix:], counts, generator)
             router_logits.append(routing.logits)
             expert_indices.append(routing.experts)
@@ -427,10 +439,12 @@ def nested_encoder(
                 slices = expert_slices(config, counts, num_prefix)
                 if len(slices) > 1:
                     order = expert_order(routing.experts, num_prefix)
+                else:
+                    slices = ((0, batch, slices[0][2]),)
             tokens = take_tokens(hidden_states, order)
             gate = None if gate is None else take_tokens(gate, order)
         orders.append(order)
-        tokens = layer(tokens, gate, feature_mask, slices, **kwargs)
+        tokens = layer(tokens, gate, feature_mask, slices, batch_first=order is None, **kwargs)
     return EncoderOutput(
         last_hidden_state=restore_order(tokens, order),
         token_orders=tuple(orders),
@@ -468,23 +482,26 @@ def expert_order(experts: torch.Tensor, num_prefix: int) -> torch.Tensor:
 def expert_feature_mask(
     config: MoNEConfig, experts: torch.Tensor, num_prefix: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """(B, N) experts -> (num_prefix + N, B, D), 1 for the features that a token's expert works on.
+    """(B, N) experts -> (B, num_prefix + N, D), 1 for the features that a token's expert works on.
 
     Zeroing the input of a full projection is slicing it, and zeroing its output is padding the slice: the paper's
     Extract and Pad, at the dense model's cost. Arg-max routing needs it, as its experts have no fixed size.
     """
     last = config.num_experts - 1
-    experts = nn.functional.pad(experts, (num_prefix, 0), value=last).t()
+    experts = nn.functional.pad(experts, (num_prefix, 0), value=last)
     widths = config.hidden_size >> (last - experts)
     features = torch.arange(config.hidden_size, device=experts.device)
     return (features < widths.unsqueeze(-1)).to(dtype)
 
 
 def take_tokens(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Batch first to token first, in an order: (B, N, ...) -> (N, B, ...), of x[b, order[b, n]] at [n, b]."""
-    batch, length = x.shape[:2]
+    """Batch first to token first, in an order: (B, N, ...) -> (N, B, ...), of x[b, order[b, n]] at [n, b].
+
+    Without an order x itself, batch first.
+    """
     if order is None:
-        return x.transpose(0, 1).contiguous()
+        return x
+    batch, length = x.shape[:2]
     # The layers of one model may lie on several devices; the order stays where its router is.
     rows = order.to(x.device).t() + length * torch.arange(batch, device=x.device)
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (length, batch))
@@ -492,9 +509,9 @@ def take_tokens(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
 
 def restore_order(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """Undo `take_tokens`: (N, B, ...) -> (B, N, ...)."""
-    length, batch = x.shape[:2]
     if order is None:
-        return x.transpose(0, 1).contiguous()
+        return x
+    length, batch = x.shape[:2]
     rows = batch * order.to(x.device).argsort(dim=1) + torch.arange(batch, device=x.device).unsqueeze(1)
     return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, (batch, length))
 

@@ -207,11 +207,6 @@ class MoNEViViTModel(MoNEViViTPreTrainedModel):
             encoded.token_orders,
         )
 
-        # Layers put time before clips, as they do tokens before images.
-        temporal_states = None
-        if states is not None:
-            temporal_states = tuple(None if x is None else x.transpose(0, 1) for x in states[depth + 1 :])
-
         def by_clip(tensors):  # (B * T, ...) -> (B, T, ...)
             return None if tensors is None else tuple(None if x is None else x.unflatten(0, clips) for x in tensors)
 
@@ -219,7 +214,7 @@ class MoNEViViTModel(MoNEViViTPreTrainedModel):
             last_hidden_state=encoded.last_hidden_state,
             pooler_output=pool(config, encoded.last_hidden_state),
             hidden_states=by_clip(spatial_states),
-            temporal_hidden_states=temporal_states,
+            temporal_hidden_states=None if states is None else states[depth + 1 :],
             attentions=by_clip(spatial_weights),
             temporal_attentions=None if weights is None else weights[depth:],
             router_logits=by_clip(encoded.router_logits) if with_router_outputs else None,
