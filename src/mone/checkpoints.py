@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tempfile
+import traceback
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -41,10 +42,10 @@ class CheckpointMixin:
         options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **options)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise OSError(
-                f"The weights of {pretrained_model_name_or_path} cannot be read; a file may be truncated: {error}"
-            ) from error
+        except Exception as error:
+            if damage := describe_damage(pretrained_model_name_or_path, error):
+                raise OSError(damage) from error
+            raise
         model._check_loading_info(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
         model._renew_routers({*info["missing_keys"], *(key for key, _, _ in info["mismatched_keys"])})
         return (model, info) if with_info else model
@@ -175,6 +176,17 @@ class CheckpointMixin:
         if shards.is_sharded and api.file_exists(filename="model.safetensors", **repo):
             commit = api.delete_file("model.safetensors", **repo, commit_message="Delete weights that shards replace")
         return commit
+
+
+def describe_damage(source: str | os.PathLike, error: Exception) -> str | None:
+    """What to say of the weights of `source` if `error` is of a file that cannot be read; else None."""
+    # torch's reader names no file, and raises almost anything (RuntimeError, EOFError, a bare "Invalid argument").
+    # Only where its errors come from tells them from others, such as a lack of memory.
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    file = next((frame.f_locals["f"] for frame in frames if frame.f_code is torch.load.__code__), None)
+    if file is None and not isinstance(error, (SafetensorError, json.JSONDecodeError)):
+        return None
+    return f"The weights of {source} cannot be read; {file or 'a file'} may be truncated: {error!r}"
 
 
 def _pictures(card: Path) -> list[Path]:
