@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import mone  # noqa: F401 - registers the Auto classes
-from mone.model_card import check_results, results_of_training, write_model_card
+from mone.model_card import check_pictures, check_results, results_of_training, write_model_card
 from mone.visualization import draw_routed_tokens, draw_routed_video
 
 
@@ -47,9 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.details is not None:
         results |= json.loads(args.details.read_text(encoding="utf-8"))
     check_results(results)
+    drawn = draw(args)
+    others = [picture for picture in results.get("pictures", []) if picture["file"] not in drawn]
+    check_pictures(args.folder, others)
+    # From here on, nothing is known that could stop the card.
     args.folder.mkdir(parents=True, exist_ok=True)
-    for picture in draw(args):
-        results["pictures"] = [p for p in results.get("pictures", []) if p["file"] != picture["file"]] + [picture]
+    for file, (figure, _) in drawn.items():
+        figure.savefig(args.folder / file)
+    if drawn:
+        results["pictures"] = others + [{"file": file, "caption": caption} for file, (_, caption) in drawn.items()]
     if args.training is not None or args.details is not None:
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     card = write_model_card(args.folder)
@@ -58,21 +64,21 @@ def main(argv: list[str] | None = None) -> None:
     print(args.folder / "README.md")
 
 
-def draw(args: argparse.Namespace) -> list[dict]:
-    """Draw the pictures asked for into the card's folder; their entries in results.json."""
-    pictures = []
+def draw(args: argparse.Namespace) -> dict[str, tuple]:
+    """The pictures asked for, with their captions, by the name of their file."""
+    pictures = {}
     shown = f"at capacities {', '.join(f'{capacity:g}' for capacity in args.capacities)}; the rest is faded"
     if args.images:
         model = AutoModelForImageClassification.from_pretrained(args.training)
         images = [Image.open(image).convert("RGB") for image in args.images]
         processor = AutoImageProcessor.from_pretrained(args.training)
-        draw_routed_tokens(model, processor, images, args.capacities, path=args.folder / "routed_tokens.png")
-        pictures.append({"file": "routed_tokens.png", "caption": f"Tokens that the full model took {shown}."})
+        figure = draw_routed_tokens(model, processor, images, args.capacities)
+        pictures["routed_tokens.png"] = (figure, f"Tokens that the full model took {shown}.")
     if args.video:
         model = AutoModelForVideoClassification.from_pretrained(args.training)
         processor = AutoVideoProcessor.from_pretrained(args.training)
-        draw_routed_video(model, processor, args.video, args.capacities, path=args.folder / "routed_video.png")
-        pictures.append({"file": "routed_video.png", "caption": f"Tokens of a clip that the full model took {shown}."})
+        figure = draw_routed_video(model, processor, args.video, args.capacities)
+        pictures["routed_video.png"] = (figure, f"Tokens of a clip that the full model took {shown}.")
     return pictures
 
 

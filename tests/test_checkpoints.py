@@ -140,6 +140,25 @@ class TestWhatDoesNotFit:
         with pytest.raises(OSError, match=r"copy.image cannot be read; a file may be truncated"):
             AutoModelForImageClassification.from_pretrained(folder / "image")
 
+    # Every size has torch's reader raise something else.
+    @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+    def test_truncated_file_of_torch(self, folder, share):
+        (folder / "image" / "model.safetensors").unlink()
+        path = folder / "image" / "pytorch_model.bin"
+        torch.save(make_model().state_dict(), path)
+        assert MoNEForImageClassification.from_pretrained(folder / "image")
+        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+        with pytest.raises(OSError, match=r"copy.image cannot be read; .*image.pytorch_model\.bin may be truncated"):
+            MoNEForImageClassification.from_pretrained(folder / "image")
+
+    def test_other_errors_stay_what_they_are(self, folder, monkeypatch):
+        def fail(*args):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(MoNEForImageClassification, "__init__", fail)
+        with pytest.raises(RuntimeError, match=r"^out of memory"):
+            MoNEForImageClassification.from_pretrained(folder / "image")
+
     def test_truncated_or_missing_shards(self, folder):
         shards = sorted((folder / "sharded").glob("model-*.safetensors"))
         assert len(shards) > 2

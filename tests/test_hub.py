@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 # What every process starts with. `results` is what the tests see of it.
 HEAD = """
-import hashlib, sys, time, types
+import hashlib, shutil, sys, time, types
 from pathlib import Path
 
 if "without" in sys.argv[2]:
@@ -140,8 +140,7 @@ results["not allowed"] = error(first.push_to_hub, "bob/theirs")
 # A card of one's own goes along, and stays.
 card = (folder / "card" / "README.md").read_text()
 second.save_pretrained(folder / "carded")
-for path in (folder / "card").iterdir():
-    (folder / "carded" / path.name).write_bytes(path.read_bytes())
+shutil.copytree(folder / "card", folder / "carded", dirs_exist_ok=True)
 carded = mone.MoNEForImageClassification.from_pretrained(folder / "carded")
 results["commits"]["carded"] = carded.push_to_hub("alice/carded").oid
 second.push_to_hub("alice/carded", tags=["again"])
@@ -258,8 +257,13 @@ def folder(tmp_path_factory):
         Image.fromarray(image).save(root / f"{i}.png")
     (root / "clip.webm").write_bytes(make(40, "libvpx-vp9", "webm", first=1000))
     (root / "card").mkdir()
-    (root / "card" / "README.md").write_text("---\nlicense: mit\ntags: [mine]\n---\n\n# My own words\n")
-    Image.new("RGB", (2, 2)).save(root / "card" / "picture.png")
+    (root / "card" / "README.md").write_text(
+        "---\nlicense: mit\ntags: [mine]\n---\n\n# My own words\n![One](picture.png 'title') (not unnamed.png)\n"
+        '<img src="./second%20one.png">\n![](private/3.png)\n'
+    )
+    (root / "card" / "private").mkdir()
+    for name in ("picture.png", "second one.png", "unnamed.png", "3.png", "private/picture.png", "private/3.png"):
+        Image.new("RGB", (2, 2)).save(root / "card" / name)
     (root / "README.md").write_text("Of the folder in which the processes run, and of no model.")
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(16)]
@@ -362,6 +366,7 @@ class TestPush:
             assert there["README.md"].content.decode() == card
             assert there["picture.png"].content == (folder / "card" / "picture.png").read_bytes()
             assert "model.safetensors" in there
+            assert {path for path in there if path.endswith(".png")} == {"picture.png", "second one.png"}
         assert (folder / "carded" / "README.md").read_text() == card
         # After another push of a model, with a tag, and after a training that pushed.
         there = files(hub, "alice/carded")

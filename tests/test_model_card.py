@@ -174,16 +174,47 @@ class TestRefused:
         [
             ({"limit": "none"}, "unknown field 'limit'. Did you mean 'limits'"),
             ({"task": "text-generation"}, "task='text-generation' must be one of"),
-            ({"rows": []}, "rows is empty"),
+            ({"rows": []}, r"rows=\[\] must be a list of at least one object"),
             ({"rows": [{"model": "MoNE", "capacity": 1.0, "gmacs": 1.0}]}, r"lacks \['accuracy'\]"),
             ({"rows": [{"model": "MoNE", "capacity": 1.0, "gmacs": 1.0, "accuracy": 93.1}]}, "not in percent"),
             ({"model": "ResNet"}, r"model='ResNet' is none of the rows' models \['MoNE', 'ViT'\]"),
-            ({"dataset": {"name": "Digits"}}, "dataset must have a 'type'"),
+            ({"dataset": {"name": "Digits"}}, r"The dataset \{'name': 'Digits'\} lacks \['type'\]"),
+            ({"dataset": "CIFAR-10"}, "dataset='CIFAR-10' must be an object"),
+            ({"dataset": {"name": "Digits", "type": "digits", "size": "10"}}, "size='10' must be a number above 0"),
+            ({"rows": {}}, r"rows=\{\} must be a list"),
+            ({"tags": "vision"}, "tags='vision' must be a list of strings"),
+            ({"commands": "python train.py"}, "commands='python train.py' must be a list of strings"),
+            ({"limits": ["a", "b"]}, r"limits=\['a', 'b'\] must be a string"),
+            ({"sections": {"Title": 1}}, r"sections=.* must be \{title: text\}"),
+            ({"epochs": "12"}, "epochs='12' must be a number >= 0, or {model: number}"),
+            ({"parameters": {"MoNE": True}}, "parameters={'MoNE': True} must be a number >= 0, or"),
+            ({"chance": 10}, r"chance=10 must be a number in \[0, 1\]"),
+            ({"confusion": {"a": 1}}, r"confusion lacks \['capacity', 'counts'\]"),
+            ({"confusion": {"capacity": 0.4, "counts": {"a": 1}}}, r"counts=\{'a': 1\} must be \{true class"),
+            ({"pictures": [{"file": "x.png"}]}, r"The picture \{'file': 'x.png'\} lacks \['caption'\]"),
+            ({"pictures": "x.png"}, "pictures='x.png' must be a list of objects"),
         ],
     )
     def test_not_allowed(self, change, message):
         with pytest.raises(ValueError, match=message):
             check_results({**RESULTS, **change})
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"accuracy": "90%"}, r"accuracy='90%' must be a number in \[0, 1\]"),
+            ({"accuracy": float("nan")}, "accuracy=nan must be"),
+            ({"gmacs": 0}, "gmacs=0 must be a number above 0"),
+            ({"capacity": 7}, "capacity=7 must be null, a number above 0 and up to 1, or shares that sum to 1"),
+            ({"capacity": 0}, "capacity=0 must be"),
+            ({"capacity": True}, "capacity=True must be"),
+            ({"capacity": [0.5, 0.4]}, r"capacity=\[0\.5, 0\.4\] must be"),
+            ({"model": None}, "model=None must be a string"),
+        ],
+    )
+    def test_not_allowed_in_a_row(self, change, message):
+        with pytest.raises(ValueError, match=rf"The row .*: {message}"):
+            check_results({**RESULTS, "rows": [RESULTS["rows"][0], RESULTS["rows"][1] | change]})
 
     def test_a_picture_that_is_not_there_leaves_the_card_as_it_was(self, tmp_path):
         (tmp_path / "README.md").write_text("before")
@@ -217,6 +248,8 @@ class TestResultsOfTraining:
         )
         model = MoNEForImageClassification(config)
         model.save_pretrained(tmp_path, max_shard_size="4KB")
+        model.save_pretrained(tmp_path, variant="fp16")
+        model.save_pretrained(tmp_path, variant="bf16", max_shard_size="4KB")
         (tmp_path / "eval_results.json").write_text(
             json.dumps(
                 {

@@ -30,24 +30,75 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from .capacity import SUM_TOLERANCE
 from .flops import count_macs
 from .visualization import plot_accuracy_against_compute
 
 
 REQUIRED = ("task", "license", "dataset", "rows")
-OPTIONAL = (
-    *("model", "summary", "sections", "limits", "gmacs", "chance", "confusion", "commands", "machine", "date"),
-    *("parameters", "epochs", "train_minutes", "datasets", "base_model", "tags", "hub_id", "pictures", "other"),
-)
 TASKS = {"image-classification": "image", "video-classification": "clip"}
 PLOT = "accuracy_against_compute.png"
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value) -> bool:
+    """Whether `value` is a number of at least 0, which infinity, NaN and `True` are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_list(value, of: Callable) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(of, value))
+
+
+def _is_dict(value, of: Callable = lambda _: True) -> bool:
+    return isinstance(value, dict) and all(map(of, value.values()))
+
+
+def _is_capacity(value) -> bool:
+    if _is_list(value, _is_number):
+        return abs(sum(value) - 1) <= SUM_TOLERANCE
+    return value is None or (_is_number(value) and 0 < value <= 1)
+
+
+# What a field may hold, in words and as a function.
+TEXT = ("a string", _is_text)
+TEXTS = ("a list of strings", lambda value: _is_list(value, _is_text))
+SHARE = ("a number in [0, 1], not in percent", lambda value: _is_number(value) and value <= 1)
+CAPACITY = ("null, a number above 0 and up to 1, or shares that sum to 1", _is_capacity)
+POSITIVE = ("a number above 0", lambda value: _is_number(value) and value > 0)
+NUMBERS = ("a number >= 0, or {model: number}", lambda value: _is_number(value) or _is_dict(value, _is_number))
+FIELDS = {
+    "task": (f"one of {list(TASKS)}", list(TASKS).__contains__),
+    "license": TEXT,
+    "dataset": ("an object", _is_dict),
+    "rows": ("a list of at least one object", lambda value: value and _is_list(value, _is_dict)),
+    **dict.fromkeys(("model", "summary", "limits", "gmacs", "machine", "date", "hub_id"), TEXT),
+    **dict.fromkeys(("commands", "datasets", "base_model", "tags"), TEXTS),
+    **dict.fromkeys(("parameters", "epochs", "train_minutes"), NUMBERS),
+    "sections": ("{title: text}", lambda value: _is_dict(value, _is_text)),
+    "chance": SHARE,
+    "confusion": ("an object", _is_dict),
+    "pictures": ("a list of objects", lambda value: _is_list(value, _is_dict)),
+    "other": ("anything", lambda value: True),
+}
+DATASET = {"name": TEXT, "type": TEXT, "split": TEXT, "size": POSITIVE}
+ROW = {"model": TEXT, "capacity": CAPACITY, "gmacs": POSITIVE, "accuracy": SHARE}
+COUNTS = (
+    "{true class: {predicted class: number}}",
+    lambda value: _is_dict(value, lambda row: _is_dict(row, _is_number)),
+)
+CONFUSION = {"capacity": CAPACITY, "counts": COUNTS}
+PICTURE = {"file": TEXT, "caption": TEXT}
 
 
 def write_model_card(folder: str | os.PathLike) -> ModelCard:
@@ -64,9 +115,7 @@ def write_model_card(folder: str | os.PathLike) -> ModelCard:
     folder = Path(folder).resolve()
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     card = make_model_card(folder.name, results)
-    for picture in results.get("pictures", []):
-        if not (folder / picture["file"]).exists():
-            raise FileNotFoundError(f"results.json names the picture {picture['file']!r}, which is not in {folder}.")
+    check_pictures(folder, results.get("pictures", []))
     plot_accuracy_against_compute(results["rows"], path=folder / PLOT)
     card.save(folder / "README.md")
     return card
@@ -119,7 +168,7 @@ def make_model_card(name: str, results: dict) -> ModelCard:
         *(["## Limits", results["limits"]] if "limits" in results else []),
         *_training(results, subject),
         "## Pictures",
-        *(_picture(**picture) for picture in results.get("pictures", [])),
+        *(_picture(picture["file"], picture["caption"]) for picture in results.get("pictures", [])),
         _picture(PLOT, f"Accuracy against compute, of {_input(results)}."),
         f"Licence: {results['license']}.",
     ]
@@ -127,31 +176,39 @@ def make_model_card(name: str, results: dict) -> ModelCard:
 
 
 def check_results(results: dict) -> None:
-    """Raise ValueError unless `results` has the fields that a card needs, and no others."""
-    missing = [field for field in REQUIRED if field not in results]
-    if missing:
-        raise ValueError(f"results.json lacks {missing}.")
+    """Raise ValueError unless `results` has the fields that a card needs, no others, and in them what is allowed."""
     for field in results:
-        if field not in (*REQUIRED, *OPTIONAL):
-            close = difflib.get_close_matches(field, [*REQUIRED, *OPTIONAL], 1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Allowed are {[*REQUIRED, *OPTIONAL]}."
+        if field not in FIELDS:
+            close = difflib.get_close_matches(field, FIELDS, 1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Allowed are {list(FIELDS)}."
             raise ValueError(f"results.json has an unknown field {field!r}.{hint}")
-    if results["task"] not in TASKS:
-        raise ValueError(f"task={results['task']!r} must be one of {list(TASKS)}.")
-    for field in ("name", "type"):
-        if not isinstance(results["dataset"].get(field), str):
-            raise ValueError(f"dataset must have a {field!r}: {results['dataset']!r}.")
-    if not results["rows"]:
-        raise ValueError("rows is empty: a card needs a measurement.")
+    _check("results.json", results, FIELDS, REQUIRED)
+    _check(f"The dataset {results['dataset']!r}", results["dataset"], DATASET, ("name", "type"))
     for row in results["rows"]:
-        lacking = {"model", "capacity", "gmacs", "accuracy"} - set(row)
-        if lacking:
-            raise ValueError(f"A row lacks {sorted(lacking)}: {row!r}.")
-        if not 0 <= row["accuracy"] <= 1:
-            raise ValueError(f"accuracy={row['accuracy']!r} must be in [0, 1], not in percent: {row!r}.")
+        _check(f"The row {row!r}", row, ROW, ROW)
+    if "confusion" in results:
+        _check("confusion", results["confusion"], CONFUSION, CONFUSION)
+    for picture in results.get("pictures", []):
+        _check(f"The picture {picture!r}", picture, PICTURE, PICTURE)
     models = {row["model"] for row in results["rows"]}
     if results.get("model", min(models)) not in models:
         raise ValueError(f"model={results['model']!r} is none of the rows' models {sorted(models)}.")
+
+
+def _check(name: str, values: dict, allowed: dict[str, tuple[str, Callable]], required: Iterable[str]) -> None:
+    lacking = [field for field in required if field not in values]
+    if lacking:
+        raise ValueError(f"{name} lacks {lacking}.")
+    for field, (what, is_allowed) in allowed.items():
+        if field in values and not is_allowed(values[field]):
+            raise ValueError(f"{name}: {field}={values[field]!r} must be {what}.")
+
+
+def check_pictures(folder: Path, pictures: list[dict]) -> None:
+    """Raise FileNotFoundError unless the files of all `pictures`, as in `results.json`, are in `folder`."""
+    for picture in pictures:
+        if not (folder / picture["file"]).exists():
+            raise FileNotFoundError(f"results.json names the picture {picture['file']!r}, which is not in {folder}.")
 
 
 def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
@@ -207,7 +264,8 @@ def compute_of_clips(num_clips: int) -> str:
 
 
 def _count_parameters(folder: Path) -> int:
-    files = sorted(folder.glob("*.safetensors"))
+    # Not "*": beside the weights or their shards may lie the same ones in another precision (`variant`).
+    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*.safetensors"))
     if not files:
         raise FileNotFoundError(f"There are no weights in {folder}.")
     total = 0

@@ -128,8 +128,19 @@ def test_a_truncated_checkpoint(folder, kept, as_file):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"deit.* cannot be read.* cut short"):
+    with pytest.raises(ValueError, match=r"deit.* cannot be read.* (cut short|truncated)"):
         mone_from_vit(file if as_file else folder)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+def test_a_truncated_checkpoint_of_torch(folder, share):
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(make_vit("deit").state_dict(), file)
+    assert mone_from_vit(folder)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"cannot be read; .*pytorch_model\.bin may be truncated"):
+        mone_from_vit(folder)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".npz", ".onnx"])

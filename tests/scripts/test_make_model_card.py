@@ -2,6 +2,7 @@
 """The card script on a training's output folder, and on results alone."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -102,6 +103,30 @@ def test_what_is_missing_is_named_before_anything_is_written(training):
     with pytest.raises(ValueError, match=r"lacks \['task', 'license', 'dataset', 'rows'\]"):
         script.main([str(training / "card")])
     assert not (training / "card").exists()
+
+
+def test_a_mistake_leaves_everything_as_it_was(training):
+    card = training / "card"
+    whole = [str(card), "--training", str(training / "image"), "--details", str(training / "details.json")]
+    for details, extra in (
+        ({"pictures": [{"file": "nowhere.png", "caption": "No."}]}, []),
+        ({"pictures": [{"file": "nowhere.png", "caption": "No."}]}, ["--images", str(training / "picture.png")]),
+        ({"tags": "vision"}, []),
+    ):
+        (training / "wrong.json").write_text(json.dumps(DETAILS | details))
+        for existed in (False, True):
+            if existed:
+                script.main(whole)
+            before = {path: path.read_bytes() for path in card.glob("*")}
+            with pytest.raises((FileNotFoundError, ValueError), match=r"nowhere\.png|tags="):
+                script.main([*whole[:-1], str(training / "wrong.json"), *extra])
+            assert card.exists() == existed
+            assert {path: path.read_bytes() for path in card.glob("*")} == before
+        script.main([str(card)])
+        shutil.rmtree(card)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        script.main([*whole, "--images", str(training / "nothing.png")])
+    assert not card.exists()
 
 
 def test_pictures_need_a_model(training, capsys):

@@ -77,6 +77,22 @@ def test_precision_at_1_is_the_published_definition():
         metric.compute(predictions=[1, 2], references=[[], []])
 
 
+def test_the_metrics_of_an_evaluation_are_those_of_the_classes_but_need_no_cache(monkeypatch):
+    generator = np.random.default_rng(3)
+    logits = generator.normal(size=(30, 4)).astype(np.float32)
+    labels, several = generator.integers(0, 4, 30), (generator.random((30, 4)) < 0.3).astype(np.int64)
+    predicted = logits.argmax(1)
+    one = Accuracy().compute(predictions=predicted, references=labels)
+    any_of = PrecisionAt1().compute(predictions=predicted, references=[np.flatnonzero(row) for row in several])
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", "/proc/nowhere")
+    with pytest.raises(OSError, match="nowhere"):
+        Accuracy()
+    assert classification_metrics(EvalPrediction(logits, labels)).items() >= one.items()
+    assert classification_metrics(EvalPrediction(logits, several)).items() >= any_of.items()
+    with pytest.raises(ValueError, match="None of the 30 examples has a label"):
+        classification_metrics(EvalPrediction(logits, 0 * several))
+
+
 def test_with_one_label_each_precision_at_1_is_the_accuracy():
     logits = np.random.default_rng(1).normal(size=(30, 4)).astype(np.float32)
     labels = np.arange(30) % 4

@@ -20,13 +20,14 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..checkpoints import describe_damage
 from .onnx_dinov2 import read_onnx
 from .tower import check_labels, follow_labels, number_labels, start_new_classifier
 from .transformers_vits import LEFT, check_family
 
 
 # What readers raise for a file that is cut short or of another kind.
-UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError)
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, KeyError)
 # For `load_all`, which finds no key then.
 NOTHING = re.compile(r"(?!)")
 
@@ -46,7 +47,7 @@ def read_weights(file: Path) -> Mapping:
         if file.suffix == ".onnx":
             return read_onnx(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (*UNREADABLE, OSError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} cannot be read as weights; it may be cut short: {error}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -93,14 +94,16 @@ def load_all(model_class: type, source: str | Path, left: re.Pattern, **options)
 
     Raises:
         ValueError: lists the keys that are missing, too many or of another shape, where transformers would only warn
-            and make up values.
+            and make up values; or names the file that cannot be read.
     """
     try:
         model, info = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except UNREADABLE as error:
-        raise ValueError(f"The weights of {source} cannot be read; they may be cut short: {error}") from error
+    except Exception as error:
+        if damage := describe_damage(source, error):
+            raise ValueError(damage) from error
+        raise
     missing = sorted(key for key in info["missing_keys"] if not left.search(key))
     extra = sorted(info["unexpected_keys"])
     shapes = [

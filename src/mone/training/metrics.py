@@ -87,20 +87,19 @@ def classification_metrics(prediction: EvalPrediction, calibration: bool = False
     if not len(labels):
         raise ValueError(f"None of the {len(readable)} examples to evaluate on could be read.")
     predicted = np.argmax(logits, axis=1)
-    scores = torch.from_numpy(logits).float()
-    # Trainer's own loss is the mean over batches, of which one without a readable example has none.
+    scores, targets = torch.from_numpy(logits).float(), torch.from_numpy(labels)
+    # Not by the classes above: `evaluate` writes all that it is given into a cache, which may be read-only. And not
+    # Trainer's own loss: that is the mean over batches, of which one without a readable example has none.
     if multi_label:
-        positive = [np.flatnonzero(row) for row in labels]
-        metrics = PrecisionAt1().compute(predictions=predicted, references=positive)
-        metrics["loss"] = nn.functional.binary_cross_entropy_with_logits(
-            scores, torch.from_numpy(labels).float()
-        ).item()
+        labelled, correct = labels.any(1), labels[np.arange(len(labels)), predicted] > 0
+        loss = nn.functional.binary_cross_entropy_with_logits(scores, targets.float())
     else:
-        metrics = Accuracy().compute(predictions=predicted, references=labels)
-        metrics["loss"] = nn.functional.cross_entropy(scores, torch.from_numpy(labels)).item()
+        labelled, correct = np.full(len(labels), True), predicted == labels
+        loss = nn.functional.cross_entropy(scores, targets)
+    if not labelled.any():
+        raise ValueError(f"None of the {len(labels)} examples has a label.")
+    metrics = {"precision_at_1" if multi_label else "accuracy": float(correct[labelled].mean()), "loss": loss.item()}
     if calibration:
-        labelled = labels.any(1) if multi_label else np.full(len(labels), True)
-        correct = labels[np.arange(len(labels)), predicted] > 0 if multi_label else predicted == labels
         probability = (scores.sigmoid() if multi_label else scores.softmax(-1)).amax(-1).numpy()
         metrics["calibration_error"] = calibration_error(probability[labelled], correct[labelled])
     if not readable.all():
