@@ -171,7 +171,7 @@ def set_labels(model: MoNEViViTForVideoClassification, **labels) -> None:
     """Give a model other labels, in place; another number of them brings a new classifier.
 
     Args:
-        labels: `id2label`, `label2id` and `problem_type`, as in a config.
+        labels: `num_labels`, `id2label`, `label2id` and `problem_type`, as in a config.
     """
     before = model.config.id2label
     model.config.update(labels)
