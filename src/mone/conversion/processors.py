@@ -138,22 +138,24 @@ def fit_image_processor(
             *(source, mean, std),
         )
         return ViTImageProcessor(size=size, image_mean=mean, image_std=std)
+    before, old_size = output_size(processor), dict(processor.size or {})
     if getattr(processor, "do_center_crop", False):
-        before = output_size(processor) or (height, width)
+        before = before or (height, width)
         scales = {"height": height / before[0], "width": width / before[1]}  # of a squashed image
         scale = max(height, width) / max(before)
-        processor.size = SizeDict(**{k: round(v * scales.get(k, scale)) for k, v in dict(processor.size).items() if v})
+        processor.size = SizeDict(**{k: round(v * scales.get(k, scale)) for k, v in old_size.items() if v})
         processor.crop_size = SizeDict(**size)
     else:
-        if processor.do_resize and output_size(processor) is None:
+        processor.size = SizeDict(**size)
+    if isinstance(processor, BaseVideoProcessor):  # which always crops
+        return processor
+    if makes_size(processor, config):
+        if before is None and processor.do_resize:
             logger.warning(
                 "The image processor of %s resizes images to %s, in which they keep their shape. The model takes "
                 "images of %dx%d only: they are squashed to it now.",
-                *(source, {k: v for k, v in dict(processor.size).items() if v}, height, width),
+                *(source, {k: v for k, v in old_size.items() if v}, height, width),
             )
-        processor.size = SizeDict(**size)
-    # Videos are always cropped.
-    if isinstance(processor, BaseVideoProcessor) or makes_size(processor, config):
         return processor
     logger.warning(
         "The image processor of %s, a %s, cannot make images of %dx%d. The new one resizes them to that size, and "
