@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoVideoProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoVideoProcessor, BaseImageProcessor, PreTrainedModel
 
 from mone import MoNEConfig, MoNEViViTConfig, MoNEViViTForVideoClassification
 from mone.conversion import (
@@ -34,6 +34,7 @@ from mone.conversion import (
     mone_vivit_from_mone,
 )
 from mone.conversion.channel_order import check_image_model
+from mone.conversion.sources import load_config
 from mone.data.examples import UNREADABLE
 from mone.training.command_line import parse_overrides
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> Path:
         parser.error(reason)
     hub = {"revision": args.revision, "token": args.token, "cache_dir": args.cache_dir}
     files = None if args.calibrate is None else find_images(args.calibrate)
-    kind = "file" if Path(args.source).is_file() else AutoConfig.from_pretrained(args.source, **hub).model_type
+    kind = "file" if Path(args.source).is_file() else load_config(args.source, **hub).model_type
     # A file may hold a ViViT-FE.
     has_video = args.video or kind in ("file", "mone_vivit")
     overrides = parse_overrides(args.config_overrides, MoNEViViTConfig if has_video else MoNEConfig)

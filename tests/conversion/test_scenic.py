@@ -214,6 +214,16 @@ def test_vivit_for_other_labels():
     assert model.classifier.weight.shape == (3, D) and not model.classifier.weight.any()
 
 
+def test_pre_logits_are_left_out_with_the_head():
+    """As AugReg's files for ImageNet-21k have it."""
+    params = image_params(True, AUGREG, "head")
+    params["pre_logits"] = {"kernel": np.zeros((D, D), np.float32), "bias": np.zeros(D, np.float32)}
+    model = mone_from_vit(params, num_labels=3)
+    assert model.classifier.weight.shape == (3, D)
+    with pytest.raises(ValueError, match=r"without counterpart: \['classifier\.pre_logits\.weight'"):
+        mone_from_vit(params)
+
+
 def test_keys_that_do_not_fit_are_listed():
     params = image_params(True)
     del params["Transformer"]["encoderblock_1"]["MlpBlock_0"]["Dense_1"]["bias"]

@@ -36,6 +36,7 @@ RENAMES = [
     (r"^cls_(\w+)$", r"\1.cls_token"),
     (r"^embedding\.", "embeddings.patch_embeddings.projection."),
     (r"^(output_projection|head)\.", "classifier."),
+    (r"^pre_logits\.", "classifier.pre_logits."),  # left out with it, for other labels
 ]
 
 
