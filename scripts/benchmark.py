@@ -69,8 +69,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    if args.growth and len(args.modes) > 1:
-        parser.error("--growth takes one of --modes")
+    if args.growth:
+        if len(args.modes) > 1:
+            parser.error("--growth takes one of --modes")
+        used = ("growth", "capacities", "modes", "threads", "rounds", "output_dir")
+        given = [f"--{name}" for name, value in vars(args).items() if value != parser.get_default(name)]
+        given = [name for name in given if name.removeprefix("--") not in used]
+        if given:
+            parser.error(
+                f"--growth has models and sizes of its own, in float32 on the CPU: leave out {', '.join(given)}"
+            )
 
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)

@@ -332,4 +332,7 @@ def test_the_script_draws_growth(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth.png"}
     with pytest.raises(SystemExit):
         script.main(["--growth", "--modes", "eager", "prepared"])
+    with pytest.raises(SystemExit):
+        script.main(["--growth", "--device", "cuda", "--dtype", "bfloat16"])
+    assert "leave out --device, --dtype" in capsys.readouterr().err
     assert all(config.resolve_capacity(0.4) for points in script.GROWTH.values() for _, config, _ in points)

@@ -205,6 +205,14 @@ def test_every_allocation_is_a_capacity(allocation):
     assert resolve_capacity(allocation) == pytest.approx(allocation, abs=1e-12)
 
 
+def test_sums_of_tenths_reach_the_ends():
+    """`np.arange(0.2, 1.01, 0.1)` ends a bit above 1."""
+    for capacity in np.arange(0.2, 1.01, 0.1):
+        resolve_capacity(capacity)
+    assert resolve_capacity(np.float64(1.0000000000000002)) == (0, 0, 0, 1)
+    assert resolve_capacity(0.125 - 1e-12) == (1, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     "capacity",
     [

@@ -137,6 +137,11 @@ def test_the_default_capacity_is_the_configs():
     assert_same(export_program(model).module()(pixels(model, 3)), model, pixels(model, 3), 0.3)
 
 
+def test_outputs_that_the_config_asks_for_are_left_out():
+    model = image_model(output_hidden_states=True)
+    assert_same(export_program(model, 0.4).module()(pixels(model, 3)), image_model(), pixels(model, 3), 0.4)
+
+
 def test_a_capacity_of_numpy(tmp_path):
     pytest.importorskip("onnxruntime")
     model = image_model()

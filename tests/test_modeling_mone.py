@@ -15,8 +15,15 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, ViTConfig, ViTForImageClassification
+from transformers.activations import GELUActivation
 
-from mone import MoNEConfig, MoNEForImageClassification, MoNEModel
+from mone import (
+    MoNEConfig,
+    MoNEForImageClassification,
+    MoNEModel,
+    MoNEViViTConfig,
+    MoNEViViTForVideoClassification,
+)
 from mone.capacity import resolve_capacity, tokens_per_expert
 
 
@@ -611,6 +618,64 @@ def test_compiled_model_takes_integers_as_capacity(capacities):
             assert_close(compiled(images, capacity=capacity).logits, model(images, capacity=capacity).logits)
     finally:
         torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_models_of_other_sizes_in_one_process(dynamic):
+    """Of the second model, or image size, dynamo makes symbols of what differs."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_labels": NUM_LABELS}
+    frames = {"image_size": 16, "num_frames": 2, "tubelet_size": (2, 8, 8), "num_temporal_layers": 1}
+    video = MoNEViViTForVideoClassification(MoNEViViTConfig(**sizes, **frames, num_hidden_layers=1)).eval()
+    first = make_model(num_hidden_layers=1)
+    second = make_model(num_hidden_layers=1, num_experts=3, capacity_beta=5.0)
+    torch._dynamo.reset()
+    try:
+        for model, size in ((first, 16), (first, 24), (second, 16), (video, None)):
+            images, options = torch.randn(1, 2, 3, 16, 16), {}
+            if size is not None:
+                images, options = make_images(size=(size, size)), {"interpolate_pos_encoding": True}
+            compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=dynamic)
+            expected = model(images, capacity=0.4, **options).logits
+            assert_close(compiled(images, capacity=0.4, **options).logits, expected)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("change", ["subclass", "forward", "pre-hook", "backward hook"])
+def test_an_activation_that_is_not_plain_gelu_runs(change, gradients):
+    class Half(GELUActivation):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model, images, seen = make_model(num_hidden_layers=1), make_images(), []
+    mlp = model.mone.layers[0].mlp
+    with torch.set_grad_enabled(gradients):
+        plain = model(images, capacity=0.4).logits
+        if change == "subclass":
+            mlp.activation_fn = Half()
+        elif change == "forward":
+            mlp.activation_fn.forward = Half().forward
+        elif change == "pre-hook":
+            mlp.activation_fn.register_forward_pre_hook(lambda *args: seen.append(1))
+        else:
+            mlp.activation_fn.register_full_backward_hook(lambda *args: seen.append(1))
+        logits = model(images, capacity=0.4).logits
+        if gradients:
+            logits.sum().backward()
+    if change in ("subclass", "forward"):
+        assert (logits - plain).abs().max() > 1e-3
+    else:
+        assert_close(logits, plain)
+        assert bool(seen) == (gradients or change == "pre-hook")
+
+
+def test_a_config_that_asks_for_tuples():
+    model, images = make_model(), make_images()
+    expected = model(images, capacity=0.4).logits
+    model.config.return_dict = False
+    assert_close(model(images, capacity=0.4)[0], expected)
 
 
 @torch.no_grad()

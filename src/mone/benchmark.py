@@ -41,7 +41,7 @@ from .modeling_mone import (
     token_counts,
 )
 from .modeling_mone_vivit import MoNEViViTForVideoClassification
-from .training.schedules import PAPER_GRID, CapacitySchedule
+from .training.schedules import CapacitySchedule, paper_grid
 
 
 # How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, as one
@@ -137,7 +137,7 @@ def measure(
             takes the time of the kernels alone, without Python's, on an NVIDIA GPU.
         baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package.
         train: forward and backward instead of inference; in eager mode only. Two rows more have a schedule for their
-            mode and no capacity: "uniform", the mean over the capacities of [`PAPER_GRID`], and "joint", all nested
+            mode and no capacity: "uniform", the mean over the capacities of [`paper_grid`], and "joint", all nested
             widths.
         device, dtype: where and in what.
         rounds: timed calls of each variant, after two that do not count.
@@ -214,7 +214,7 @@ def measure(
             call = functools.partial(run, models[mode], capacity=capacity)
             variants["mone", mode, capacity] = _captured(call, device) if mode == "graphed" else call
     joint = CapacitySchedule("joint", num_experts=config.num_experts)(0)
-    schedules = {"uniform": PAPER_GRID, "joint": joint} if train else {}
+    schedules = {"uniform": paper_grid(config.num_experts), "joint": joint} if train else {}
     for schedule, steps in schedules.items():
         variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]
     if "timm" in baselines:
@@ -243,8 +243,8 @@ def measure(
     of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
     rows = []
     for (name, mode, capacity), times in seconds.items():
-        calls = len(PAPER_GRID) if mode == "uniform" else 1
         steps = schedules.get(mode)
+        calls = len(steps) if mode == "uniform" else 1
         macs = gmacs[capacity] if steps is None else sum(count_macs(config, c) for c in steps) / calls / 1e9
         median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
         row = {

@@ -18,6 +18,8 @@ from scipy.optimize import minimize
 
 # Shares that a person typed with four digits may miss 1 by half a unit in the last place each.
 SUM_TOLERANCE = 5e-4
+# Of an effective capacity, beyond its range.
+END_TOLERANCE = 1e-9
 
 
 def relative_widths(num_experts: int) -> tuple[float, ...]:
@@ -144,8 +146,9 @@ def resolve_capacity(
     """The capacity distribution that a user's `capacity` argument stands for.
 
     Args:
-        capacity: a number is an effective capacity in [1 / 2**(E-1), 1] and is solved by Eq. 3. A sequence is E
-            shares in [0, 1], smallest expert first, that sum to 1 (within 5e-4, then normalised).
+        capacity: a number is an effective capacity in [1 / 2**(E-1), 1] (within 1e-9, which a sum of tenths may be
+            off) and is solved by Eq. 3. A sequence is E shares in [0, 1], smallest expert first, that sum to 1 (within
+            5e-4, then normalised).
         num_experts: E.
         delta, beta: parameters of Eq. 3.
 
@@ -162,9 +165,9 @@ def resolve_capacity(
     )
     number = _as_number(capacity)
     if number is not None:
-        if not smallest <= number <= 1.0:
+        if not smallest - END_TOLERANCE <= number <= 1.0 + END_TOLERANCE:
             raise ValueError(f"capacity={capacity!r} is out of range. {allowed}")
-        return solve_capacity_distribution(number, num_experts, delta, beta)
+        return solve_capacity_distribution(min(max(number, smallest), 1.0), num_experts, delta, beta)
     sequence = isinstance(capacity, Sequence) or (isinstance(capacity, np.ndarray) and capacity.ndim > 0)
     if not sequence or isinstance(capacity, (str, bytes)):
         raise ValueError(f"capacity={capacity!r} is neither a finite number nor a sequence of shares. {allowed}")

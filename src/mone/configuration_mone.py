@@ -89,7 +89,10 @@ class MoNEConfig(PreTrainedConfig):
 
     model_type = "mone"
     # Trainer would hand these to `compute_metrics` beside the logits.
-    keys_to_ignore_at_inference = ["router_logits", "expert_indices"]
+    keys_to_ignore_at_inference = [
+        *("router_logits", "expert_indices", "hidden_states", "attentions"),
+        *("temporal_hidden_states", "temporal_attentions"),
+    ]
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

@@ -75,7 +75,12 @@ class ExportForm(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         with _expert_streams(self.model):
             result = self.model(
-                pixel_values, capacity=self.capacity, output_router_logits=self.router_outputs, return_dict=True
+                pixel_values,
+                capacity=self.capacity,
+                output_router_logits=self.router_outputs,
+                output_hidden_states=False,  # which the config may ask for
+                output_attentions=False,
+                return_dict=True,
             )
         outputs = {"logits": result.logits}
         if self.router_outputs:

@@ -50,6 +50,7 @@ from .nested_linear import (
     check_adapters,
     groups,
     is_traced,
+    is_unhooked,
     is_untouched,
     is_watched,
     lay_out_for_inference,
@@ -229,7 +230,9 @@ class MoNEMLP(Packable):
     @property
     def is_gelu(self) -> bool:
         """Whether the activation is the exact GELU, and nobody listens to it."""
-        return isinstance(self.activation_fn, GELUActivation) and not self.activation_fn._forward_hooks
+        activation = self.activation_fn
+        listeners = activation._backward_hooks or activation._backward_pre_hooks
+        return type(activation) is GELUActivation and is_unhooked(activation) and not listeners
 
     def add_in_kernels(
         self,
@@ -357,14 +360,14 @@ class EncoderOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-def static_capacity(capacity):
-    """`capacity` as plain Python numbers: dynamo turns the second one it sees into a symbol."""
+def as_constant(value):
+    """A number, or a sequence of numbers, as a constant of the graph: dynamo makes a symbol of the second it sees."""
     if not torch.compiler.is_compiling():
-        return capacity
-    if isinstance(capacity, (list, tuple)):
-        return tuple(static_capacity(share) for share in capacity)
-    is_number = isinstance(capacity, (int, float)) and not isinstance(capacity, bool)
-    return guard_scalar(capacity) if is_number else capacity
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(as_constant(number) for number in value)
+    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    return guard_scalar(value) if is_number else value
 
 
 # Dynamo does not trace SciPy: what it returns for a capacity is a constant of that capacity's graph.
@@ -375,13 +378,11 @@ def _constant_counts(capacity, num_experts: int, delta: float, beta: float, num_
 
 def token_counts(config: MoNEConfig, capacity, num_tokens: int) -> tuple[int, ...]:
     """Tokens of every expert, smallest first, for a call's `capacity` (`None`: the config's) and N tokens."""
-    return _constant_counts(
-        static_capacity(config.capacity if capacity is None else capacity),
-        config.num_experts,
-        config.capacity_delta,
-        config.capacity_beta,
-        num_tokens,
+    arguments = (
+        config.capacity if capacity is None else capacity,
+        *(config.num_experts, config.capacity_delta, config.capacity_beta, num_tokens),
     )
+    return _constant_counts(*[as_constant(argument) for argument in arguments])
 
 
 def nested_encoder(
@@ -674,7 +675,7 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
     def optimize_for_inference(self):
         """Lay the weights out for the matrix products of the experts on a CPU, and go to eval mode.
 
-        The outputs stay the same at every capacity and batch size, to rounding, and so do state dict and saved files.
+        The outputs stay the same at every capacity and batch size, to rounding, and so do saved files.
         In float32, and bfloat16 where the CPU has it, weights are copied and packed for every expert, which takes 1.9
         times the memory of the layers for four experts. Small batches use the copies, or weights stored input by
         input, by what is faster on this machine, which it measures. `train()` undoes both; other weights or another
@@ -868,6 +869,7 @@ class ClassifierMixin:
             interpolate_pos_encoding=interpolate_pos_encoding,
             generator=generator,
             **kwargs,
+            return_dict=True,
         )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else classification_loss(self, logits, labels, num_items_in_batch)

@@ -20,14 +20,20 @@ from transformers import (
     BitImageProcessor,
     CLIPImageProcessor,
     ConvNextImageProcessor,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from vits import dense_output, make_vit, randomise
+from vits import SIZES, dense_output, make_vit, randomise
 
 from mone import MoNEConfig, MoNEForImageClassification, MoNEModel, MoNEViViTConfig
+from mone.configuration_mone import as_pair
 from mone.conversion import (
     check_source,
     fit_image_processor,
@@ -329,6 +335,90 @@ def test_a_classifier_follows_its_labels(tmp_path, kind, caplog):
     assert "other names" not in caplog.text
     assert torch.equal(logits(load("cat", "fox", "emu")), expected)
     assert "3 classes have other names now, 'dog' for example 'fox'" in caplog.text
+
+
+def test_weights_alone_do_not_tell_everything(caplog):
+    """Heads are guessed where all published models agree, and said; of other widths they have to be given."""
+    sizes = {**SIZES, "hidden_size": 1152, "num_hidden_layers": 1, "num_attention_heads": 16}
+    siglip = randomise(SiglipVisionModel(SiglipVisionConfig(**sizes)))
+    with pytest.raises(ValueError, match="how many heads a width of 1152 has: give num_attention_heads"):
+        mone_from_vit(siglip.state_dict())
+    known = {"num_attention_heads": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    caplog.clear()
+    model = mone_from_vit(siglip.state_dict(), **known)
+    assert "weights only" not in caplog.text
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = siglip(pixel_values).last_hidden_state
+        torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, atol=1e-4, rtol=0)
+    del known["hidden_act"]
+    mone_from_vit(siglip.state_dict(), **known)
+    assert "has weights only, which do not show all. Taken: hidden_act=gelu_pytorch_tanh." in caplog.text
+
+
+@pytest.mark.parametrize("patch_size", [(8, 8), (4, 8)])
+@pytest.mark.parametrize("size", [(16, 64), (32, 16)])
+def test_weights_of_oblong_images(tmp_path, patch_size, size):
+    """16 patches in two rows would make a square of four rows."""
+    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 1, "image_size": size, "patch_size": patch_size}
+    vit = randomise(ViTForImageClassification(ViTConfig(**sizes)))
+    model = mone_from_vit(vit.state_dict(), image_size=size)
+    assert as_pair(model.config.image_size) == size
+    pixel_values = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
+
+
+def test_positions_of_no_square_want_the_image_size():
+    vit = make_vit("vit", {**SIZES, "image_size": (16, 32)})
+    with pytest.raises(ValueError, match="positions for 8 patches, which are no square: give image_size"):
+        mone_from_vit(vit.state_dict(), num_attention_heads=4)
+
+
+@pytest.mark.parametrize("kind", ["model", "folder"])
+def test_patches_that_do_not_cover_the_image(tmp_path, kind, caplog):
+    """As those of SigLIP so400m, 14 of 384 pixels, which leave out the last six."""
+    siglip = make_vit("siglip", {**SIZES, "image_size": 36})
+    if kind == "model":
+        model = mone_from_vit(siglip)
+    else:
+        siglip.save_pretrained(tmp_path)
+        SiglipImageProcessor(size={"height": 36, "width": 36}).save_pretrained(tmp_path)
+        model, processor = load_image_model_and_processor(tmp_path)
+        assert dict(processor.size) == {"height": 32, "width": 32}
+    assert "do not cover the 36x36" in caplog.text and as_pair(model.config.image_size) == (32, 32)
+    pixel_values = torch.randn(2, 3, 36, 36)
+    with torch.no_grad():
+        logits = model(pixel_values[..., :32, :32]).logits
+        torch.testing.assert_close(logits, siglip(pixel_values).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"image_size=\(40, 36\)"):
+        mone_from_vit(siglip, image_size=(40, 36))
+
+
+@pytest.mark.parametrize("kind", ["mone", "vit"])
+def test_names_and_numbers_of_labels_agree(tmp_path, kind):
+    source = make_vit("vit") if kind == "vit" else mone_from_vit(make_vit("vit"))
+    source.save_pretrained(tmp_path)
+    for names in (["emu", "cat", "dog"], ["a", "b"], ["a", "b", "c"]):
+        config = load_image_model(tmp_path, id2label=dict(enumerate(names))).config
+        assert (list(config.id2label.values()), config.label2id) == (names, {n: i for i, n in enumerate(names)})
+    for options in ({"num_labels": 0}, {"num_labels": -3}, {"id2label": {}}):
+        with pytest.raises(ValueError, match=r"num_labels=(0|-3) must be at least 1"):
+            load_image_model(tmp_path, **options)
+
+
+def test_labels_that_are_numbered_from_one(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"1": "a", "2": "b", "3": "c"}, "label2id": {"a": 1, "b": 2, "c": 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert mone_from_vit(folder).config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert mone_from_vit(folder, id2label={0: "c", 1: "b", 2: "a"}).config.label2id == {"c": 0, "b": 1, "a": 2}
+
+
+def test_a_misspelt_field_is_found_before_weights_are_read(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(TypeError, match="nmu_experts"):
+        mone_from_vit(folder, nmu_experts=3)
 
 
 def test_a_new_classifier_of_a_vit_starts_at_zero():

@@ -27,6 +27,7 @@ VARIANTS = {
     "clip": {"pre_norm": True, "act_layer": "quick_gelu", "norm_layer": "layernorm", "qkv_bias": False},
     "no final norm": {"final_norm": False},
     "oblong": {"img_size": (32, 48), "patch_size": (8, 16)},
+    "as many patches as a square": {"img_size": (16, 64)},
     "features": {"num_classes": 0},
 }
 
@@ -48,15 +49,24 @@ def test_a_model_is_the_same_at_capacity_one(variant):
             torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"mean, normed before", "oblong", "clip"}))
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"mean, normed before"}))
 def test_a_state_dict_is_the_same_at_capacity_one(variant):
     vit = make_timm(**VARIANTS[variant])
-    model = mone_from_vit(vit.state_dict(), num_attention_heads=2)
-    pixel_values = torch.randn(2, 3, 32, 32)
+    size = vit.patch_embed.img_size
+    options = {"image_size": size} if size[0] != size[1] else {}
+    options |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-6} if variant == "clip" else {}
+    model = mone_from_vit(vit.state_dict(), num_attention_heads=2, **options)
+    pixel_values = torch.randn(2, 3, *size)
     with torch.no_grad():
         output = model(pixel_values)
         output = output.logits if "logits" in output else output.pooler_output
         torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+def test_the_norms_of_clip_in_a_state_dict():
+    vit = make_timm("vit_base_patch16_clip_224")
+    model = mone_from_vit(vit.state_dict(), num_attention_heads=2)
+    assert model.config.layer_norm_eps == vit.blocks[0].norm1.eps == 1e-5
 
 
 @pytest.mark.parametrize("as_state_dict", [False, True])

@@ -86,6 +86,7 @@ def test_held_out_split_is_reproducible(tmp_path, cache):
         ([1, 0, 1], ClassLabel(names=["b", "a"]), ["b", "a"]),
         (["x", "y", "x"], Value("string"), ["x", "y"]),
         ([10, 9, 10], Value("int64"), ["9", "10"]),  # numbers in the order of numbers, not of their digits
+        (["²", "1", "²"], Value("string"), ["1", "²"]),  # which is a digit, but no number
     ],
 )
 def test_parquet_labels_of_every_kind(tmp_path, cache, labels, feature, names):

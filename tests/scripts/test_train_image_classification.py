@@ -94,6 +94,18 @@ def test_the_named_attention_is_used(tmp_path, parquet, name, monkeypatch):
         assert layer.attention.config._attn_implementation == name
 
 
+def test_what_the_model_cannot_do_is_said_before_it_is_calibrated(tmp_path, parquet, monkeypatch):
+    monkeypatch.setattr(script, "calibrate", lambda *args: pytest.fail("it had begun"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path / "vit")
+    common = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--do_train", *QUIET]
+    with pytest.raises(ValueError, match=r"capacity=0\.05 is out of range"):
+        source = ["--model_name_or_path", str(tmp_path / "vit"), "--calibrate", "true", "--capacity", "0.05"]
+        script.main([*parquet, *source, *common])
+    with pytest.raises(ValueError, match="num_channels=1 must be 3"):
+        script.main([*parquet, "--config_overrides", TINY + ",num_channels=1", *common])
+
+
 def test_a_vit_checkpoint_from_folders_with_sample_limits(tmp_path):
     images, labels = digits(60)
     for split, part in (("train", slice(0, 40)), ("validation", slice(40, 60))):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import double_weights, randomise_, reference_model
-from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, ViTImageProcessor
 
 from mone import (
     MoNEConfig,
@@ -30,7 +30,7 @@ from mone.training import (
     classification_metrics,
     distillation_loss,
 )
-from mone.training.resumption import last_complete_checkpoint
+from mone.training.resumption import SETTINGS_NAME, last_complete_checkpoint
 
 
 def tiny_model(**config) -> MoNEForImageClassification:
@@ -144,7 +144,10 @@ def test_evaluation_at_several_capacities(tmp_path):
         assert metrics[f"eval_capacity_{capacity:g}_accuracy"] == pytest.approx(accuracy)
     assert metrics["eval_loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
     assert len({round(loss, 5) for loss in losses}) == 3
-    assert trainer._eval_capacity == trainer.capacity, "a later prediction must not run at the last capacity"
+    seen = record_capacities(trainer.model)
+    trainer.model.config.capacity = 0.3
+    trainer.predict(rows(3))
+    assert seen == [0.3], "a later prediction must not run at the last capacity, nor at the config's first"
 
 
 def test_several_evaluation_sets(tmp_path):
@@ -665,6 +668,12 @@ def test_a_model_of_model_init_is_trained_as_one_that_is_given(tmp_path):
         torch.testing.assert_close(made.model.state_dict()[name], expected, atol=0, rtol=0, msg=name)
 
 
+def test_other_arguments_are_refused(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(TypeError, match="args must be MoNETrainingArguments, got TrainingArguments"):
+        MoNETrainer(model=tiny_model(), args=args, train_dataset=rows(16))
+
+
 def test_one_process_trains_on_one_device(tmp_path):
     args = MoNETrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     args._n_gpu = 2  # as torch counts them
@@ -697,6 +706,31 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     resumed_weights = resumed.model.state_dict()
     for name, expected in whole.model.state_dict().items():
         torch.testing.assert_close(resumed_weights[name], expected, atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capacity": 0.8}, r"capacity=0\.8 \(was 0\.4\)\. Give those"),
+        ({"learning_rate": 1e-3, "layer_decay": 0.7}, r"learning_rate=0\.001 \(was 5e-05\), layer_decay=0\.7 \(was"),
+        ({"capacity_schedule": "uniform", "capacity": None}, r"capacity_schedule=uniform \(was fixed\)"),
+        ({"router_learning_rate": 1e-3}, r"router_learning_rate=0\.001 \(was None\)"),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_the_settings_it_was_started_with(tmp_path, changes, message):
+    """The checkpoint's optimiser would keep its rates, and a run that is over would only rename its capacity."""
+    args = {"capacity": 0.4, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path, **args).train()
+    resumed = make_trainer(tmp_path, **{**args, "max_steps": 4, **changes})
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    with pytest.raises(ValueError, match=rf"checkpoint-2 cannot go on .*: {message}"):
+        resumed.train(resume_from_checkpoint=checkpoint)
+    longer = make_trainer(tmp_path, **{**args, "max_steps": 4})
+    longer.train(resume_from_checkpoint=checkpoint)
+    assert longer.state.global_step == 4
+    Path(checkpoint, SETTINGS_NAME).unlink()  # as older checkpoints have none
+    make_trainer(tmp_path, **{**args, "learning_rate": 1e-3}).train(resume_from_checkpoint=checkpoint)
 
 
 def test_the_best_checkpoint_is_chosen_by_the_mean_over_capacities(tmp_path):
@@ -747,6 +781,8 @@ def test_a_capacity_that_is_not_allowed_is_found_before_any_work(tmp_path, args)
         ({"distillation_weight": 0.9}, r"distillation_weight=0\.9 .* for distill_from, which is not given"),
         ({"distillation_temperature": 0}, "distillation_temperature=0"),
         ({"capacity_schedule": "unifrom"}, "'unifrom'.*uniform"),
+        ({"eval_capacities": [0.4, (0, 0, 1, 0)]}, r"eval_capacities=\[0\.4, \(0, 0, 1, 0\)\] must be numbers"),
+        ({"eval_capacities": [0.4, 0.4000001]}, "differ in their first six digits"),
     ],
 )
 def test_arguments_that_are_not_allowed(tmp_path, args, message):
@@ -764,6 +800,8 @@ def test_a_grid_and_a_range_of_ones_own(tmp_path):
 def test_grid_keeps_to_what_fewer_experts_allow(tmp_path):
     trainer = make_trainer(tmp_path, model=tiny_model(num_experts=2), capacity_schedule="uniform")
     assert trainer.schedule.grid == (0.55, 0.65, 0.75, 0.85, 0.95)
+    alone = make_trainer(tmp_path, model=tiny_model(num_experts=1), capacity_schedule="uniform")
+    assert alone.schedule(0) == (1.0,)
 
 
 def test_early_stopping_sees_the_means(tmp_path):
@@ -786,9 +824,29 @@ def test_early_stopping_sees_the_means(tmp_path):
 
 
 def test_the_saved_model_runs_at_the_capacity_it_was_trained_for(tmp_path):
-    assert make_trainer(tmp_path, capacity=0.4).model.config.capacity == 0.4
-    sampled = make_trainer(tmp_path, model=tiny_model(capacity=0.7), capacity=0.4, capacity_schedule="uniform")
-    assert sampled.model.config.capacity == 0.7
+    for schedule, capacity in (("fixed", 0.4), ("uniform", 0.7)):
+        model = tiny_model(capacity=0.7)
+        trainer = make_trainer(tmp_path, model=model, capacity=0.4, capacity_schedule=schedule, max_steps=1)
+        trainer.evaluate()
+        assert model.config.capacity == 0.7, "an evaluation changes nothing"
+        trainer.train()
+        assert model.config.capacity == capacity
+
+
+def test_a_capacity_that_is_set_later_counts(tmp_path):
+    trainer = make_trainer(tmp_path, capacity=0.4, max_steps=1)
+    seen = record_capacities(trainer.model)
+    trainer.args.capacity = 0.2
+    trainer.evaluate()
+    trainer.train()
+    assert set(seen) == {0.2}
+    assert trainer.model.config.capacity == 0.2
+
+
+def test_outputs_that_the_config_asks_for_do_not_disturb_an_evaluation(tmp_path):
+    expected = make_trainer(tmp_path).evaluate()
+    model = tiny_model(output_hidden_states=True)
+    assert make_trainer(tmp_path, model=model).evaluate()["eval_accuracy"] == expected["eval_accuracy"]
 
 
 def labels_seen(model) -> list:

@@ -2,6 +2,7 @@
 """Any plain pre-norm ViT -> MoNE."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedModel
 
-from ..configuration_mone import as_pair
+from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .calibration import check_untrained
@@ -18,9 +19,11 @@ from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
 from .sources import NOTHING, check_source, load_all, load_classifier, load_pretrained, read_weights
 from .state_dicts import infer_config, strip_prefixes
 from .timm_vits import from_timm
-from .tower import LABEL_FIELDS, Tower, build_image_model
+from .tower import LABEL_FIELDS, Tower, build_image_model, check_fields
 from .transformers_vits import from_transformers
 
+
+logger = logging.getLogger(__name__)
 
 Source = nn.Module | Mapping | str | Path
 MoNE = MoNEForImageClassification | MoNEModel | MoNEViViTForVideoClassification
@@ -50,8 +53,9 @@ def mone_from_vit(
 
     Args:
         source: a model; a state dict or nested dict of arrays; a file of weights (.safetensors, .bin, .pth, .npz,
-            .onnx); a folder or a name on the Hub. A bare state dict does not show everything: heads are taken to have
-            64 features, and the rest to be the architecture's default, unless `config` says otherwise.
+            .onnx); a folder or a name on the Hub. A bare state dict does not show everything: up to a width of 1024
+            heads are taken to have 64 features, patches to be a square, and the rest to be the architecture's default,
+            unless `config` says otherwise (`num_attention_heads`, `image_size`, ...). A warning says what was taken.
         revision, token, cache_dir: for the Hub, as in `from_pretrained`.
         config: fields of [`MoNEConfig`] to set, such as `num_experts`, `router_layers` or `capacity`. Another
             `image_size` resizes the positions; labels (`num_labels`, `id2label`) of another number bring a new
@@ -66,6 +70,8 @@ def mone_from_vit(
         ValueError: names an architecture that cannot be mapped, and why; lists keys that are missing, have no
             counterpart or another shape; or if the width is not divisible by 2**(num_experts - 1).
     """
+    fields = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
+    check_fields(config, fields, "MoNEConfig")  # before any weights are read
     name = str(source) if isinstance(source, (str, Path)) else f"this {type(source).__name__}"
     if isinstance(source, (str, Path)):
         path, hub = Path(source), {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -105,12 +111,18 @@ def tower_of_model(model: nn.Module, name: str) -> Tower:
 
 def tower_of_state(state: Mapping[str, torch.Tensor], name: str, config: Mapping) -> Tower:
     """The tower of a flat state dict, by its keys."""
-    heads = config.get("num_attention_heads")
     if any("/" in key for key in state):
         return from_scenic(state, name)
+    heads, size = config.get("num_attention_heads"), config.get("image_size")
     if any(key.startswith("blocks.0.") for key in state):
-        return from_timm(state, name, num_attention_heads=heads)
-    return from_transformers(infer_config(state, heads), state, name)
+        tower = from_timm(state, name, num_attention_heads=heads, image_size=size)
+    else:
+        tower = from_transformers(infer_config(state, heads, size), state, name)
+    guessed = {key: tower.fields[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
+    guessed = [f"{key}={value}" for key, value in guessed.items() if key not in config]
+    if guessed:
+        logger.warning("%s has weights only, which do not show all. Taken: %s.", name, ", ".join(guessed))
+    return tower
 
 
 def load_image_model(source: str | Path, **options) -> MoNE:

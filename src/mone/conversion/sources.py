@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .onnx_dinov2 import read_onnx
-from .tower import follow_labels, start_new_classifier
+from .tower import check_labels, follow_labels, number_labels, start_new_classifier
 from .transformers_vits import LEFT, check_family
 
 
@@ -154,6 +154,8 @@ def load_classifier(
         before: the checkpoint's config.
         headless: the class of models without a classifier.
     """
+    check_labels(options)
+    options = number_labels(options)
     count = len(options["id2label"]) if "id2label" in options else options.get("num_labels", before.num_labels)
     new = count != before.num_labels or before.architectures == [headless.__name__]
     model = load_all(model_class, source, re.compile(r"^classifier\.") if new else NOTHING, **options)

@@ -16,6 +16,7 @@ from transformers import (
     ViTConfig,
 )
 
+from ..configuration_mone import as_pair
 from .transformers_vits import FAMILIES, LEFT
 
 
@@ -42,12 +43,12 @@ def strip_prefixes(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tens
 
 
 def guess_heads(width: int) -> int:
-    """Heads of a ViT of this width: all published ones that can be converted have 64 features a head.
+    """Heads of a ViT of this width: up to ViT-L, published ones have 64 features a head (one of timm's has not).
 
     Raises:
-        ValueError: where 64 does not divide the width.
+        ValueError: where 64 does not divide the width, or it is larger: of width 1280 most have 16 heads, not 20.
     """
-    if width % 64:
+    if width % 64 or width > 1024:
         raise ValueError(f"A state dict does not say how many heads a width of {width} has: give num_attention_heads.")
     return width // 64
 
@@ -58,8 +59,29 @@ def count_layers(state: Iterable[str], prefix: str = "") -> int:
     return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=0)
 
 
-def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | None = None) -> PreTrainedConfig:
+def guess_image_size(
+    num_patches: int, patch_size: tuple[int, int], image_size: int | tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """(height, width) of so many patches: `image_size` where it has as many, else a square of patches, or None."""
+    if image_size is not None:
+        rows, columns = (pixels // step for pixels, step in zip(as_pair(image_size), patch_size, strict=True))
+        if rows * columns == num_patches:
+            return as_pair(image_size)
+    side = math.isqrt(max(num_patches, 0))
+    return (side * patch_size[0], side * patch_size[1]) if side > 0 and side * side == num_patches else None
+
+
+def infer_config(
+    state: Mapping[str, torch.Tensor],
+    num_attention_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> PreTrainedConfig:
     """Config of the transformers ViT that has these weights. What they do not show is its architecture's default.
+
+    Args:
+        state: its weights.
+        num_attention_heads: by default 64 features a head.
+        image_size: where the patches are no square.
 
     Raises:
         ValueError: names what is missing to tell.
@@ -82,17 +104,21 @@ def infer_config(state: Mapping[str, torch.Tensor], num_attention_heads: int | N
     patches = find("patch_embeddings.projection.weight", "patch_embedding.weight")
     positions = find("position_embeddings", "position_embedding.weight")
     hidden = find("mlp.fc1.weight", "intermediate.dense.weight", "gate_proj.weight", "weights_in.weight").shape[0]
-    width, patch_size = patches.shape[0], patches.shape[-1]
-    prefix = {DeiTConfig: 2, SiglipVisionConfig: 0}.get(config_class, 1)
-    side = math.isqrt(positions.shape[-2] - prefix)
+    width, patch_size = patches.shape[0], tuple(patches.shape[-2:])
+    num_patches = positions.shape[-2] - {DeiTConfig: 2, SiglipVisionConfig: 0}.get(config_class, 1)
+    size = guess_image_size(num_patches, patch_size, image_size)
+    if size is None:
+        raise ValueError(
+            f"The state dict has positions for {num_patches} patches, which are no square: give image_size."
+        )
     fields = {
         "hidden_size": width,
         "num_hidden_layers": count_layers(state),
         "num_attention_heads": num_attention_heads or guess_heads(width),
         "num_channels": patches.shape[1],
         "num_labels": next((v.shape[0] for k, v in state.items() if k.endswith("classifier.weight")), 0),
-        "patch_size": patch_size,
-        "image_size": side * patch_size,
+        "patch_size": patch_size if patch_size[0] != patch_size[1] else patch_size[0],
+        "image_size": size if size[0] != size[1] else size[0],
     }
     if issubclass(config_class, (Dinov2Config, Dinov2WithRegistersConfig)):
         fields["mlp_ratio"] = hidden // width

@@ -1,7 +1,6 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """timm's `VisionTransformer` and its state dicts as towers; DINO's and DINOv2's own files have the same names."""
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from .folding import cls_token_to_register, fold_layer_scale, join_heads, num_registers, token_to_register
-from .state_dicts import count_layers, guess_heads
+from .state_dicts import count_layers, guess_heads, guess_image_size
 from .tower import Tower
 
 
@@ -35,6 +34,7 @@ def from_timm(
     name: str,
     model: nn.Module | None = None,
     num_attention_heads: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Tower:
     """A tower from timm's state dict.
 
@@ -43,6 +43,7 @@ def from_timm(
             timm's have: exact GELU, epsilon 1e-6, square images, and the class token pooled where there is one and
             no `fc_norm`.
         num_attention_heads: where there is no model; by default 64 features a head.
+        image_size: where there is no model, and the patches are no square.
 
     Raises:
         ValueError: says what a MoNE cannot express.
@@ -74,7 +75,7 @@ def from_timm(
     tokens = {key: weights[key].shape[1] for key in ("dist_token", "reg_token", "register_tokens") if key in weights}
     if model is None:
         facts = {"num_attention_heads": num_attention_heads or guess_heads(width), "hidden_act": "gelu"}
-        facts |= {"layer_norm_eps": 1e-6}
+        facts["layer_norm_eps"] = 1e-5 if "norm_pre.weight" in state else 1e-6  # CLIP's
         pooling = "cls" if has_cls and "fc_norm.weight" not in state else "mean"
     else:
         facts, pooling = _facts(model, name)
@@ -82,10 +83,11 @@ def from_timm(
     if model is None:
         # Positions of all leading tokens, of the class token alone (DINOv2's own registers have none), or of none.
         counts = [num_positions - prefix for prefix in (has_cls + sum(tokens.values()), int(has_cls), 0)]
-        num_patches = next((count for count in counts if count > 0 and math.isqrt(count) ** 2 == count), None)
+        sizes = {count: guess_image_size(count, patch_size, image_size) for count in counts}
+        num_patches = next((count for count, size in sizes.items() if size is not None), None)
         if num_patches is None:
-            raise ValueError(f"{name} has {num_positions} positions, which are no square: give the model itself.")
-        facts["image_size"] = tuple(math.isqrt(num_patches) * size for size in patch_size)
+            raise ValueError(f"{name} has {num_positions} positions, which are no square: give image_size.")
+        facts["image_size"] = sizes[num_patches]
     else:
         num_patches = model.patch_embed.num_patches
     positioned = num_positions - num_patches

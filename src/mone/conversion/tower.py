@@ -4,7 +4,7 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -44,6 +44,22 @@ def check_fields(config: Mapping, allowed: set[str], config_class: str) -> None:
         raise TypeError(f"{unknown} are no fields of {config_class}; allowed are {sorted(allowed)}.")
 
 
+def number_labels(fields: Mapping) -> dict:
+    """`fields`, with the names of an `id2label` numbered from 0 and a `label2id` that says the same."""
+    if fields.get("id2label") is None:
+        return dict(fields)
+    names = [fields["id2label"][number] for number in sorted(fields["id2label"], key=int)]
+    ids = {name: number for number, name in enumerate(names)}
+    return {**fields, "id2label": dict(enumerate(names)), "label2id": ids}
+
+
+def check_labels(config: Mapping) -> None:
+    """Raise ValueError for labels to set that are none."""
+    count = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 1)
+    if count < 1:
+        raise ValueError(f"num_labels={count} must be at least 1.")
+
+
 def build_image_model(
     tower: Tower, attn_implementation: str | None = None, **config
 ) -> MoNEForImageClassification | MoNEModel:
@@ -57,9 +73,23 @@ def build_image_model(
 
     Raises:
         TypeError: for a name that is no field.
-        ValueError: lists the keys that are missing, have no counterpart or another shape.
+        ValueError: lists the keys that are missing, have no counterpart or another shape; or for no labels.
     """
     check_fields(config, {*MoNEConfig.__annotations__, *LABEL_FIELDS}, "MoNEConfig")
+    check_labels(config)
+    config = number_labels(config)
+    tower = replace(tower, fields=number_labels(tower.fields))
+    size, patch = as_pair(tower.fields["image_size"]), as_pair(tower.fields["patch_size"])
+    covered = tuple(pixels // step * step for pixels, step in zip(size, patch, strict=True))
+    if covered != size:
+        logger.warning(
+            "Patches of %dx%d pixels do not cover the %dx%d of %s, which leaves the last ones out: the MoNE "
+            "is for %dx%d.",
+            *(*patch, *size, tower.name, *covered),
+        )
+        tower.fields["image_size"] = covered
+        if as_pair(config.get("image_size", size)) == size:  # as its processor has it
+            config["image_size"] = covered
     weights, fields = dict(tower.weights), {**tower.fields, **config}
     new_labels = {"id2label", "num_labels"} & set(config)
     if new_labels:
@@ -125,7 +155,7 @@ def follow_labels(model: PreTrainedModel, before: Mapping[int, str] | None) -> N
     Other labels are taken for other names of the same classes, and where both are real ones a warning says so.
     """
     after = [model.config.id2label[number] for number in range(model.config.num_labels)]
-    before = after if before is None else [before[number] for number in range(len(before))]
+    before = after if before is None else [before[number] for number in sorted(before)]
     if before == after:
         return
     if sorted(before) == sorted(after) and len(set(after)) == len(after):

@@ -347,4 +347,4 @@ def _renumber_stream(split: IterableDataset, names: list[str]) -> IterableDatase
 
 
 def _numbers_first(label: str) -> tuple:
-    return (0, int(label), "") if label.isdigit() else (1, 0, label)
+    return (0, int(label), "") if label.isdecimal() else (1, 0, label)

@@ -1,12 +1,14 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """TrainingArguments, and what MoNE adds to them."""
 
+import numbers
 import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from ..configuration_mone import MoNEConfig
 from .schedules import CAPACITY_SCHEDULES
 
 
@@ -132,6 +134,12 @@ class MoNETrainingArguments(TrainingArguments):
                 f"capacity_grid={self.capacity_grid} and capacity_range={self.capacity_range} are for "
                 f"capacity_schedule='uniform', got {self.capacity_schedule!r}."
             )
+        names = [f"{c:g}" for c in self.eval_capacities if isinstance(c, numbers.Real)]
+        if len(set(names)) < len(self.eval_capacities):
+            raise ValueError(
+                f"eval_capacities={self.eval_capacities} must be numbers that differ in their first six digits, which "
+                "name their metrics."
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1].")
         if not self.anneal_steps >= 0:
@@ -172,3 +180,9 @@ class MoNETrainingArguments(TrainingArguments):
         if self.deepspeed_plugin is not None and not self.deepspeed_plugin.zero3_init_flag:
             # transformers leaves the flag alone and shards what from_pretrained loads, before it can be converted.
             unset_hf_deepspeed_config()
+
+    def check_capacities(self, config: MoNEConfig) -> None:
+        """Raise ValueError for a capacity that a model of this config does not allow."""
+        capacity = config.capacity if self.capacity is None else self.capacity
+        for value in (capacity, *self.eval_capacities, *self.capacity_grid, *self.capacity_range):
+            config.resolve_capacity(value)

@@ -292,8 +292,14 @@ def make_examples(
 
     Args:
         make_transforms: `train=True` or `False` -> the transforms of a `LabelledExamples`.
+
+    Raises:
+        ValueError: the model does not allow a capacity of `args`, or is not for colours.
     """
     config, streamed = model.config, {}
+    args.check_capacities(config)
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels={config.num_channels} must be 3: images and videos are read in RGB.")
     if data_args.streaming:
         streamed = {
             "batch_size": args.per_device_train_batch_size,

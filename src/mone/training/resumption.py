@@ -22,6 +22,8 @@ from transformers.trainer_utils import sort_checkpoints
 
 logger = logging.getLogger(__name__)
 
+SETTINGS_NAME = "mone_settings.json"
+
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
     """The newest checkpoint in `folder` that was written to its end; those that were not are named in the log.
@@ -46,6 +48,30 @@ def describe_last_checkpoint(folder: str | os.PathLike) -> str:
     if checkpoint is None:
         return f"There is no checkpoint in {folder}: a new run starts from the beginning."
     return f"The last complete checkpoint is {checkpoint}."
+
+
+def write_settings(folder: str | os.PathLike, settings: dict) -> None:
+    """Keep with a checkpoint what [`check_settings`] compares."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, SETTINGS_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def check_settings(checkpoint: str | os.PathLike, settings: dict) -> None:
+    """Whether a run with these settings can go on from a checkpoint.
+
+    Raises:
+        ValueError: names those that differ. Checkpoints without a record of them pass.
+    """
+    path = Path(checkpoint, SETTINGS_NAME)
+    if not path.is_file():
+        return
+    kept, given = json.loads(path.read_text()), json.loads(json.dumps(settings))
+    changed = [f"{name}={given[name]} (was {kept[name]})" for name in given if kept.get(name) != given[name]]
+    if changed:
+        raise ValueError(
+            f"The run of {checkpoint} cannot go on with other settings: {', '.join(changed)}. Give those it was "
+            "started with, or start anew in another --output_dir (from its weights: --model_name_or_path)."
+        )
 
 
 @contextlib.contextmanager

@@ -22,25 +22,28 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
-from ..capacity import effective_capacity, relative_widths
+from ..capacity import effective_capacity
 from ..checkpoints import is_written_by_hand
 from ..data import LabelledStream, bytes_to_pixels
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
+from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
 from .learning_rates import set_learning_rates
 from .resumption import (
     Interruption,
     check_not_deepspeed,
+    check_settings,
     crosses_fsdp,
     describe_last_checkpoint,
     load_model,
     load_optimizer,
     protect_workers,
+    write_settings,
     writing_checkpoint,
 )
-from .schedules import PAPER_GRID, CapacitySchedule, capacity_range, is_dense, steps_for_budget
+from .schedules import CapacitySchedule, capacity_range, is_dense, paper_grid, steps_for_budget
 from .statistics import StepStatistics
 from .zero import local_shard, project_zero_alpha_
 
@@ -101,7 +104,7 @@ class MoNETrainer(Trainer):
 
     Raises:
         ValueError: when it is made, for a capacity that the model does not allow, a teacher that does not fit, or
-            several GPUs in one process.
+            several GPUs in one process; when training goes on from a checkpoint, for other capacities or rates.
     """
 
     def __init__(self, *args, **kwargs):
@@ -112,11 +115,10 @@ class MoNETrainer(Trainer):
                 "launch`, or show it one by CUDA_VISIBLE_DEVICES=0."
             )
         config = self.model.config
-        self.capacity = config.capacity if self.args.capacity is None else self.args.capacity
         if self.model_init is None:  # else it was adapted when it was made
             self._adapt(self.model)
         self.schedule = self._make_schedule(anneal_steps=0)
-        self._eval_capacity = self.capacity
+        self._eval_capacity = None
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
         self.label_smoother = None
         self.teacher, self._teacher_logits = None, None
@@ -141,9 +143,9 @@ class MoNETrainer(Trainer):
     def _adapt(self, model) -> None:
         """Check a model, and make it one that is trained as `self.args` say."""
         config, args = model.config, self.args
-        capacity = config.capacity if args.capacity is None else args.capacity
-        for value in (capacity, *args.eval_capacities, *args.capacity_grid, *args.capacity_range):
-            config.resolve_capacity(value)
+        if not isinstance(args, MoNETrainingArguments):
+            raise TypeError(f"args must be MoNETrainingArguments, got {type(args).__name__}.")
+        args.check_capacities(config)
         multi_label = config.problem_type == "multi_label_classification"
         if args.bce_sum and not multi_label:
             raise ValueError(f"bce_sum needs problem_type='multi_label_classification', got {config.problem_type!r}.")
@@ -154,8 +156,6 @@ class MoNETrainer(Trainer):
                     f"example; got problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
             config.problem_type = "single_label_classification"
-        if args.capacity_schedule in ("fixed", "anneal"):
-            config.capacity = capacity  # what it is trained for is what the saved model runs at
         if args.compile_layers:
             # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
             # code that recompiles by mistake. Behind them layers would run uncompiled.
@@ -169,6 +169,11 @@ class MoNETrainer(Trainer):
         self._adapt(model)
         return model
 
+    @property
+    def capacity(self) -> float | list[float] | tuple[float, ...]:
+        """Of training with the fixed schedule, and of evaluation without `args.eval_capacities`."""
+        return self.model.config.capacity if self.args.capacity is None else self.args.capacity
+
     # --- schedule and budget -----------------------------------------------------------------------------------------
 
     def _make_schedule(self, anneal_steps: int) -> CapacitySchedule:
@@ -177,8 +182,7 @@ class MoNETrainer(Trainer):
         if args.capacity_range:
             grid = capacity_range(*args.capacity_range)
         elif not grid:
-            # With fewer than four experts the smallest model is larger than the grid's first entries.
-            grid = tuple(capacity for capacity in PAPER_GRID if capacity >= relative_widths(config.num_experts)[0])
+            grid = paper_grid(config.num_experts)
         return CapacitySchedule(
             args.capacity_schedule,
             tuple(self.capacity) if isinstance(self.capacity, (list, tuple)) else self.capacity,
@@ -211,6 +215,8 @@ class MoNETrainer(Trainer):
 
         The budget is what the dense model (capacity 1.0) spends in `args.num_train_epochs`, or `args.max_steps`.
         """
+        if args.capacity_schedule in ("fixed", "anneal"):
+            self.model.config.capacity = self.capacity  # what it is trained for is what the saved model runs at
         values = super().set_initial_training_values(args, dataloader)
         _, steps_per_epoch, num_examples, _, batch_size, _, dense_steps = values
         anneal = args.anneal_steps
@@ -403,7 +409,8 @@ class MoNETrainer(Trainer):
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        return super().prediction_step(model, {**inputs, "capacity": self._eval_capacity}, *args, **kwargs)
+        capacity = self.capacity if self._eval_capacity is None else self._eval_capacity
+        return super().prediction_step(model, {**inputs, "capacity": capacity}, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """As Trainer's, at `args.eval_capacities` (default: one evaluation at `args.capacity`).
@@ -438,7 +445,7 @@ class MoNETrainer(Trainer):
                 metrics.update(output.metrics)
                 metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples))
         finally:
-            self._eval_capacity = self.capacity
+            self._eval_capacity = None
         metrics.update({key: sum(entries) / len(entries) for key, entries in values.items()})
         # Once for all capacities: callbacks such as early stopping look for the means.
         self.log(metrics)
@@ -526,6 +533,8 @@ class MoNETrainer(Trainer):
         self._check_finite(weights=True)
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with self._not_training(), writing_checkpoint(folder, self.args.should_save):
+            if self.args.should_save:
+                write_settings(folder, self._settings())
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
@@ -540,7 +549,18 @@ class MoNETrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_model(resume_from_checkpoint, self.model if model is None else model)
 
+    def _settings(self) -> dict:
+        """What a run must not change when it goes on: optimiser and schedule of the checkpoint would ignore it."""
+        args = self.args
+        names = ("capacity_schedule", "capacity_grid", "capacity_range", "learning_rate", "router_learning_rate")
+        settings = {name: getattr(args, name) for name in (*names, "layer_decay")}
+        if args.capacity_schedule in ("fixed", "anneal"):
+            settings["capacity"] = self.capacity
+        return settings
+
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None:
+            check_settings(checkpoint, self._settings())
         if checkpoint is not None and not self.is_deepspeed_enabled and not Path(checkpoint, SCHEDULER_NAME).is_file():
             logger.warning(
                 "The checkpoint %s has weights only, as --save_only_model wrote it: optimiser and learning rate start "
