@@ -204,7 +204,9 @@ def test_vivit_for_other_labels():
         model = mone_from_vit(params, **labels)
         assert model.config.num_labels == count and not any(p.any() for p in model.classifier.parameters())
         assert model.classifier.weight.shape == (count, D)
-    assert model.config.id2label == {0: "walk", 1: "run"}
+    assert model.config.id2label == {0: "walk", 1: "run"} and model.config.label2id == {"walk": 0, "run": 1}
+    with pytest.raises(ValueError, match="num_labels=0 must be at least 1"):
+        mone_from_vit(params, num_labels=0)
     # As many as it has are its own.
     model = mone_from_vit(params, id2label=dict(enumerate("abcde")))
     np.testing.assert_array_equal(model.classifier.weight.detach(), params["output_projection"]["kernel"].T)

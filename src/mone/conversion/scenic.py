@@ -16,7 +16,7 @@ import torch
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .state_dicts import count_layers
-from .tower import LABEL_FIELDS, Tower, check_fields, load, start_new_classifier
+from .tower import LABEL_FIELDS, Tower, check_fields, check_labels, load, number_labels, start_new_classifier
 from .video import resize_video_model, set_labels
 
 
@@ -117,12 +117,14 @@ def vivit_from_scenic(state: Mapping[str, torch.Tensor], name: str, **config) ->
 
     Raises:
         TypeError: for a name that is no field.
-        ValueError: lists the keys that are missing, have no counterpart or another shape; or a size that the tubelets
-            do not divide.
+        ValueError: lists the keys that are missing, have no counterpart or another shape; for a size that the
+            tubelets do not divide, or for no labels.
     """
     check_fields(
         config, {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}, "MoNEViViTConfig"
     )
+    check_labels(config)
+    config = number_labels(config)
     weights = rename(state)
     for encoder in ("Spatial", "Temporal"):
         weights = {key.replace(f"{encoder}Transformer.", f"{encoder.lower()}."): v for key, v in weights.items()}
