@@ -7,7 +7,8 @@
 
 SOURCE is a folder, a name on the Hub, or a file of weights: ViT, DeiT, DINO, DINOv2, CLIP and SigLIP of transformers,
 timm's ViTs, Scenic's ViT, MatViT and ViViT-FE (`mone.conversion.mone_from_vit` has the list). DESTINATION appears
-when everything is written, model, image processor and code; an error leaves nothing behind.
+when everything is written, model, image processor and code; an error leaves nothing behind. A MoNE as SOURCE, also one
+for video, gets other sizes and labels.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import AutoVideoProcessor, BaseImageProcessor, PreTrainedModel
 
-from mone import MoNEConfig, MoNEViViTConfig
+from mone import MoNEConfig, MoNEViViTConfig, MoNEViViTForVideoClassification
 from mone.conversion import (
     CALIBRATION_IMAGES,
     calibrate,
@@ -28,9 +29,12 @@ from mone.conversion import (
     load_image_model,
     load_image_model_and_processor,
     load_image_processor,
+    load_video_model,
     make_video_processor,
     mone_vivit_from_mone,
 )
+from mone.conversion.channel_order import check_image_model
+from mone.conversion.sources import load_config
 from mone.data.examples import UNREADABLE
 from mone.training.command_line import parse_overrides
 
@@ -46,7 +50,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, name on the Hub, or file of weights")
     parser.add_argument("destination", type=Path, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a DESTINATION that has files")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in DESTINATION")
     parser.add_argument(
         "--config_overrides", help="config fields to set: image_size=112,router_layers=(0,3),pooling=mean,..."
     )
@@ -65,19 +69,29 @@ def main(argv: list[str] | None = None) -> Path:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
 
-    taken = args.destination.exists() and (not args.destination.is_dir() or any(args.destination.iterdir()))
-    if taken and not args.overwrite:
-        parser.error(f"{args.destination} has files already. Give another DESTINATION, or --overwrite.")
-    overrides = parse_overrides(args.config_overrides, MoNEViViTConfig if args.video else MoNEConfig)
-    if args.num_labels is not None:
-        overrides["num_labels"] = args.num_labels
+    reason = check_destination(args.destination, args.source, args.overwrite)
+    if reason:
+        parser.error(reason)
     hub = {"revision": args.revision, "token": args.token, "cache_dir": args.cache_dir}
     files = None if args.calibrate is None else find_images(args.calibrate)
+    kind = "file" if Path(args.source).is_file() else load_config(args.source, **hub).model_type
+    # A file may hold a ViViT-FE.
+    has_video = args.video or kind in ("file", "mone_vivit")
+    overrides = parse_overrides(args.config_overrides, MoNEViViTConfig if has_video else MoNEConfig)
+    if args.num_labels is not None:
+        overrides["num_labels"] = args.num_labels
 
-    if args.video:
+    if kind == "mone_vivit" and not args.video:
+        model = load_video_model(args.source, **hub, **overrides)
+        processor = AutoVideoProcessor.from_pretrained(args.source, **hub, num_frames=model.config.num_frames)
+        processor = fit_image_processor(processor, args.source, model.config)
+        fit(model, processor, files)
+    elif args.video:
         # Known before the routers are fitted.
         fields = {name: overrides[name] for name in ROUTER_FIELDS if name in overrides}
         image_model = load_image_model(args.source, **hub, **fields)
+        if isinstance(image_model, MoNEViViTForVideoClassification):
+            raise ValueError(f"{args.source} is a video model already: leave --video away.")
         image_processor = fit_image_processor(
             load_image_processor(args.source, **hub), args.source, image_model.config
         )
@@ -90,6 +104,31 @@ def main(argv: list[str] | None = None) -> Path:
     write(args.destination, model, processor)
     print(f"{args.destination}: {type(model).__name__}, {model.num_parameters() / 1e6:.1f} M parameters")
     return args.destination
+
+
+def check_destination(destination: Path, source: str, overwrite: bool) -> str | None:
+    """Why the destination must not be replaced; None where it may, as it is new, empty or a folder of one model."""
+    if not destination.exists():
+        return None
+    for path in (Path(source), Path.cwd()):
+        if path.exists() and path.resolve().is_relative_to(destination.resolve()):
+            return f"{destination} would be replaced, and {path} with it. Give another DESTINATION."
+    if not destination.is_dir():
+        return f"{destination} is a file. DESTINATION is a folder."
+    content = sorted(destination.iterdir())
+    if not content:
+        return None
+    if not overwrite:
+        return f"{destination} has files already. Give another DESTINATION, or --overwrite."
+    folders = [path.name for path in content if path.is_dir()]
+    if folders:
+        return f"{destination} holds folders, which --overwrite does not remove: {folders[:5]}."
+    if destination / "config.json" not in content:
+        return (
+            f"{destination} has no config.json, and --overwrite replaces models only. It holds "
+            f"{[path.name for path in content[:5]]}."
+        )
+    return None
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -105,6 +144,7 @@ def fit(model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path]
     """Calibrate the model if there are files of images. One that cannot be read is named and left out."""
     if files is None:
         return
+    check_image_model(model)
     pixel_values = []
     for path in files:
         try:

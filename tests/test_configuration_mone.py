@@ -115,6 +115,7 @@ def test_resolve_capacity_uses_the_configs_eq_3():
         ({"hidden_size": -8}, ["hidden_size=-8", "8"]),
         ({"num_attention_heads": 5}, ["num_attention_heads=5", "768"]),
         ({"num_attention_heads": 0}, ["num_attention_heads=0", "768"]),
+        ({"hidden_act": "nope"}, ["hidden_act='nope'", "gelu"]),
         ({"num_experts": 0}, ["num_experts", "0", "at least 1"]),
         ({"num_experts": -2}, ["num_experts", "-2", "at least 1"]),
         ({"image_size": 225}, ["image_size=225", "patch_size=16"]),

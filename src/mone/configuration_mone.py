@@ -3,6 +3,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .capacity import relative_widths, resolve_capacity
 
@@ -156,6 +157,8 @@ class MoNEConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be positive and divide "
                 f"hidden_size={self.hidden_size}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} must be one of {sorted(ACT2FN)}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1).")
 

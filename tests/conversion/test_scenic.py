@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mone import MoNEForImageClassification, MoNEModel, MoNEViViTForVideoClassification
+from mone.configuration_mone import as_pair
 from mone.conversion import mone_from_vit
+from mone.conversion.video import resize_video_model
 
 
 D, HEADS, HIDDEN, CLASSES = 32, 4, 48, 5
@@ -180,6 +182,48 @@ def test_vivit_with_a_factorised_encoder(token):
         logits = model(pixel_values).logits[0]
         assert not torch.allclose(model(pixel_values, capacity=0.4).logits[0], logits, atol=1e-3)
     np.testing.assert_allclose(logits.numpy(), run_video(clip, params), atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 48}, {"num_frames": 16}, {"image_size": (24, 40), "num_frames": 4}])
+def test_vivit_for_other_clips(sizes):
+    params = video_params(True)
+    model, expected = mone_from_vit(params, **sizes), mone_from_vit(params)
+    resize_video_model(expected, **sizes)
+    height, width = as_pair(model.config.image_size)
+    pixel_values = torch.randn(1, model.config.num_frames, 3, height, width)
+    assert {name: getattr(model.config, name) for name in sizes} == sizes
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, expected(pixel_values).logits)
+    with pytest.raises(ValueError, match="image_size=36 must be a positive multiple"):
+        mone_from_vit(params, image_size=36)
+
+
+def test_vivit_for_other_labels():
+    params = video_params(True)
+    for labels, count in (({"num_labels": 9}, 9), ({"id2label": {0: "walk", 1: "run"}}, 2)):
+        model = mone_from_vit(params, **labels)
+        assert model.config.num_labels == count and not any(p.any() for p in model.classifier.parameters())
+        assert model.classifier.weight.shape == (count, D)
+    assert model.config.id2label == {0: "walk", 1: "run"} and model.config.label2id == {"walk": 0, "run": 1}
+    with pytest.raises(ValueError, match="num_labels=0 must be at least 1"):
+        mone_from_vit(params, num_labels=0)
+    # As many as it has are its own.
+    model = mone_from_vit(params, id2label=dict(enumerate("abcde")))
+    np.testing.assert_array_equal(model.classifier.weight.detach(), params["output_projection"]["kernel"].T)
+    assert model.config.id2label[4] == "e"
+    del params["output_projection"]
+    model = mone_from_vit(params, num_labels=3)
+    assert model.classifier.weight.shape == (3, D) and not model.classifier.weight.any()
+
+
+def test_pre_logits_are_left_out_with_the_head():
+    """As AugReg's files for ImageNet-21k have it."""
+    params = image_params(True, AUGREG, "head")
+    params["pre_logits"] = {"kernel": np.zeros((D, D), np.float32), "bias": np.zeros(D, np.float32)}
+    model = mone_from_vit(params, num_labels=3)
+    assert model.classifier.weight.shape == (3, D)
+    with pytest.raises(ValueError, match=r"without counterpart: \['classifier\.pre_logits\.weight'"):
+        mone_from_vit(params)
 
 
 def test_keys_that_do_not_fit_are_listed():

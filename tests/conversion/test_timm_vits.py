@@ -133,6 +133,18 @@ def test_a_model_of_another_kind():
         mone_from_vit(timm.create_model("resnet10t"))
 
 
+def test_relatives_of_a_vit():
+    """Which lack some of its attributes."""
+    hiera = timm.create_model("hiera_tiny_224", embed_dim=16)
+    with pytest.raises(ValueError, match=r"Hiera cannot become a MoNE. It has blocks \['HieraBlock'\]"):
+        mone_from_vit(hiera)
+    sam = timm.create_model("samvit_base_patch16", depth=1, embed_dim=64, num_heads=1)
+    with pytest.raises(
+        ValueError, match=r"VisionTransformerSAM do not fit.* counterpart: \['layers\.0\.attn\.rel_pos_h"
+    ):
+        mone_from_vit(sam)
+
+
 # --- image processors ----------------------------------------------------------------------------------------------
 
 SETTINGS = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}

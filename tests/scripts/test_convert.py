@@ -27,8 +27,10 @@ from mone import MoNEForImageClassification, MoNEModel
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 
 import convert
+from test_scenic import flat, video_params
 
 
 @pytest.fixture
@@ -110,6 +112,37 @@ def test_to_video(tmp_path, dinov2):
         convert.main([str(tmp_path / "one"), str(tmp_path / "three"), "--video"])
 
 
+def test_a_video_model_for_other_clips_and_labels(tmp_path, dinov2, image):
+    Dinov2Model.from_pretrained(dinov2).save_pretrained(tmp_path / "vit")
+    options = ["--video", "--config_overrides", "num_frames=4", "--num_labels", "5"]
+    convert.main([str(tmp_path / "vit"), str(tmp_path / "video"), *options])
+    options = ["--config_overrides", "num_frames=8,image_size=16", "--num_labels", "3"]
+    convert.main([str(tmp_path / "video"), str(tmp_path / "longer"), *options])
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "longer")
+    assert (model.config.num_frames, model.config.image_size, model.config.num_labels) == (8, 16, 3)
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "longer")
+    assert (processor.num_frames, dict(processor.crop_size)["height"]) == (8, 16)
+    image.save(tmp_path / "photo.png")
+    with pytest.raises(TypeError, match="is no image model: calibrate one"):
+        convert.main([str(tmp_path / "video"), str(tmp_path / "fitted"), "--calibrate", str(tmp_path)])
+
+
+def test_a_vivit_for_other_clips(tmp_path):
+    np.savez(tmp_path / "vivit.npz", **flat(video_params(True)))
+    options = ["--config_overrides", "num_frames=16,image_size=48", "--num_labels", "9"]
+    convert.main([str(tmp_path / "vivit.npz"), str(tmp_path / "video"), *options])
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "video")
+    assert (model.config.num_frames, model.config.image_size, model.config.num_labels) == (16, 48, 9)
+    assert AutoVideoProcessor.from_pretrained(tmp_path / "video").num_frames == 16
+    with pytest.raises(ValueError, match=r"vivit\.npz is a video model already: leave --video away"):
+        convert.main([str(tmp_path / "vivit.npz"), str(tmp_path / "two"), "--video"])
+
+
+def test_fields_of_a_video_model_are_none_of_an_image_model(tmp_path, dinov2):
+    with pytest.raises(ValueError, match="'num_frames=4' is not FIELD=VALUE with a field of MoNEConfig"):
+        convert.main([str(dinov2), str(tmp_path / "mone"), "--config_overrides", "num_frames=4"])
+
+
 def test_a_destination_with_files_is_left_alone_without_overwrite(tmp_path, dinov2, capsys):
     destination = tmp_path / "mone"
     destination.mkdir()
@@ -123,6 +156,43 @@ def test_a_destination_with_files_is_left_alone_without_overwrite(tmp_path, dino
     convert.main([str(dinov2), str(destination), "--overwrite", "--config_overrides", "capacity=0.5"])
     assert json.loads((destination / "config.json").read_text())["capacity"] == 0.5
     assert not (destination / "stale.txt").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_neither_source_nor_working_directory_is_replaced(tmp_path, dinov2, capsys, monkeypatch, options):
+    (tmp_path / "config.json").touch()
+    before = files(tmp_path)
+    for destination in (tmp_path, dinov2):
+        with pytest.raises(SystemExit):
+            convert.main([str(dinov2), str(destination), *options])
+        assert f"{destination} would be replaced, and {dinov2} with it" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(SystemExit):
+        convert.main([str(dinov2), ".", *options])
+    assert f". would be replaced, and {tmp_path / 'empty'} with it" in capsys.readouterr().err
+    assert files(tmp_path) == before
+
+
+def test_overwrite_replaces_models_only(tmp_path, dinov2, capsys):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.tex").write_text("years of work")
+
+    def refusal(destination):
+        before = files(tmp_path)
+        with pytest.raises(SystemExit):
+            convert.main([str(dinov2), str(destination), "--overwrite"])
+        assert files(tmp_path) == before
+        return capsys.readouterr().err
+
+    assert "thesis has no config.json, and --overwrite replaces models only. It holds ['chapter.tex']" in (
+        refusal(thesis)
+    )
+    (thesis / "config.json").touch()
+    (thesis / "checkpoint-500").mkdir()
+    assert "holds folders, which --overwrite does not remove: ['checkpoint-500']" in refusal(thesis)
+    assert "chapter.tex is a file. DESTINATION is a folder." in refusal(thesis / "chapter.tex")
 
 
 def test_an_error_leaves_nothing_behind(tmp_path, dinov2, monkeypatch):

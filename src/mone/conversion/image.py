@@ -17,7 +17,7 @@ from .calibration import check_untrained
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
 from .sources import NOTHING, check_source, load_all, load_classifier, load_pretrained, read_weights
-from .state_dicts import infer_config
+from .state_dicts import infer_config, strip_prefixes
 from .timm_vits import from_timm
 from .tower import LABEL_FIELDS, Tower, build_image_model, check_fields
 from .transformers_vits import from_transformers
@@ -66,7 +66,7 @@ def mone_from_vit(
         The model; in evaluation mode, unless the source is a model in training.
 
     Raises:
-        TypeError: for a name that is no field.
+        TypeError: for a name that is no field, or a source of another type.
         ValueError: names an architecture that cannot be mapped, and why; lists keys that are missing, have no
             counterpart or another shape; or if the width is not divisible by 2**(num_experts - 1).
     """
@@ -76,11 +76,20 @@ def mone_from_vit(
     if isinstance(source, (str, Path)):
         path, hub = Path(source), {"revision": revision, "token": token, "cache_dir": cache_dir}
         source = read_weights(path) if path.is_file() else load_pretrained(source, **hub).eval()
+    if not isinstance(source, (nn.Module, Mapping)):
+        raise TypeError(
+            f"source is {type(source).__name__}; allowed are a model, a state dict or nested dict of arrays, a file, "
+            "a folder and a name on the Hub."
+        )
     if isinstance(source, nn.Module):
+        if any(value.is_meta for value in source.state_dict().values()):
+            raise ValueError(
+                f"Weights of {name} are on the meta device, not loaded or offloaded: load it to one device."
+            )
         attention = source.config._attn_implementation if isinstance(source, PreTrainedModel) else None
         model = build_image_model(tower_of_model(source, name), attention, **config)
         return model.to(next(source.parameters()).device).train(source.training)
-    state = flatten(source)
+    state = strip_prefixes(flatten(source))
     if is_factorised(state):
         return vivit_from_scenic(state, name, **config).eval()
     return build_image_model(tower_of_state(state, name, config), **config).eval()
@@ -171,6 +180,7 @@ def load_image_model_and_processor(
     That is `image_size` where it is given, else the processor's: DINOv2's positions are for images of 518 pixels,
     and its processor makes 224. A ViViT-FE comes with a video processor.
     """
+    check_source(source, **_hub(options))  # whose error says more
     processor = load_image_processor(source, **_hub(options))
     size = None if processor is None else output_size(processor)
     if size is not None:

@@ -6,9 +6,16 @@ import logging
 import math
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BaseImageProcessor,
+    BaseVideoProcessor,
+    BitImageProcessor,
+    ViTImageProcessor,
+)
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
@@ -23,6 +30,16 @@ PROCESSOR_FILES = {
     "processor_config.json": "image_processor",
     "config.json": "pretrained_cfg",  # timm's
 }
+# What a new image processor takes over from the source's.
+KEPT_SETTINGS = (
+    "resample",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+)
 
 
 def load_image_processor(source: str | Path, **hub) -> BaseImageProcessor | None:
@@ -94,9 +111,13 @@ def from_timm_settings(settings: dict) -> BitImageProcessor:
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
-    """(height, width) of the images that a processor makes; None where they differ."""
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    size = dict(size or {})
+    """(height, width) of the images that a processor makes; None where they differ, or keep their own."""
+    crops = getattr(processor, "do_center_crop", False)
+    if not crops and not processor.do_resize:
+        return None
+    size = dict((processor.crop_size if crops else processor.size) or {})
+    if crops and size.get("shortest_edge"):  # of a crop that is square
+        return (size["shortest_edge"], size["shortest_edge"])
     if size.get("height") and size.get("width"):
         return (size["height"], size["width"])
     return None
@@ -105,7 +126,7 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
 def fit_image_processor(
     processor: BaseImageProcessor | None, source: str | Path, config: MoNEConfig
 ) -> BaseImageProcessor:
-    """The processor, set to make images of the model's size; a new one where the source has none."""
+    """The processor, set to make images of the model's size; a new one where the source has none that can."""
     height, width = as_pair(config.image_size)
     size = {"height": height, "width": width}
     if processor is None:
@@ -117,19 +138,43 @@ def fit_image_processor(
             *(source, mean, std),
         )
         return ViTImageProcessor(size=size, image_mean=mean, image_std=std)
-    before = output_size(processor)
-    if before == (height, width):
-        return processor
+    before, old_size = output_size(processor), dict(processor.size or {})
     if getattr(processor, "do_center_crop", False):
+        before = before or (height, width)
         scales = {"height": height / before[0], "width": width / before[1]}  # of a squashed image
         scale = max(height, width) / max(before)
-        processor.size = type(processor.size)(
-            **{k: round(v * scales.get(k, scale)) for k, v in dict(processor.size).items() if v}
-        )
-        processor.crop_size = type(processor.crop_size)(**size)
+        processor.size = SizeDict(**{k: round(v * scales.get(k, scale)) for k, v in old_size.items() if v})
+        processor.crop_size = SizeDict(**size)
     else:
-        processor.size = type(processor.size)(**size)
-    return processor
+        processor.size = SizeDict(**size)
+    if isinstance(processor, BaseVideoProcessor):  # which always crops
+        return processor
+    if makes_size(processor, config):
+        if before is None and processor.do_resize:
+            logger.warning(
+                "The image processor of %s resizes images to %s, in which they keep their shape. The model takes "
+                "images of %dx%d only: they are squashed to it now.",
+                *(source, {k: v for k, v in old_size.items() if v}, height, width),
+            )
+        return processor
+    logger.warning(
+        "The image processor of %s, a %s, cannot make images of %dx%d. The new one resizes them to that size, and "
+        "normalises them as before: expect somewhat other predictions.",
+        *(source, type(processor).__name__, height, width),
+    )
+    kept = {name: getattr(processor, name) for name in KEPT_SETTINGS if hasattr(processor, name)}
+    return ViTImageProcessor(size=size, **kept)
+
+
+def makes_size(processor: BaseImageProcessor, config: MoNEConfig) -> bool:
+    """Whether a processor makes images of the model's size: not all of them take a height and a width."""
+    height, width = as_pair(config.image_size)
+    blank = torch.zeros(config.num_channels, height, width)
+    try:
+        images = processor(blank, input_data_format="channels_first", return_tensors="pt").pixel_values
+    except Exception:  # whatever it raises
+        return False
+    return images.shape[-2:] == (height, width)
 
 
 def resize_and_crop(processor: BaseImageProcessor, shortest_edge: int, size: tuple[int, int]) -> None:

@@ -16,7 +16,8 @@ import torch
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .state_dicts import count_layers
-from .tower import LABEL_FIELDS, Tower, check_fields, load
+from .tower import LABEL_FIELDS, Tower, check_fields, check_labels, load, number_labels, start_new_classifier
+from .video import resize_video_model, set_labels
 
 
 FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
@@ -35,6 +36,7 @@ RENAMES = [
     (r"^cls_(\w+)$", r"\1.cls_token"),
     (r"^embedding\.", "embeddings.patch_embeddings.projection."),
     (r"^(output_projection|head)\.", "classifier."),
+    (r"^pre_logits\.", "classifier.pre_logits."),  # left out with it, for other labels
 ]
 
 
@@ -106,19 +108,23 @@ def from_scenic(state: Mapping[str, torch.Tensor], name: str) -> Tower:
 def vivit_from_scenic(state: Mapping[str, torch.Tensor], name: str, **config) -> MoNEViViTForVideoClassification:
     """The video MoNE that is exactly a ViViT-FE at capacity 1.0, with fresh routers.
 
-    Its frames have values in [-1, 1] and `num_frames` is as many as it has temporal positions for.
+    Its frames have values in [-1, 1].
 
     Args:
         state: flat Flax parameters.
-        config: fields of [`MoNEViViTConfig`] to set.
+        config: fields of [`MoNEViViTConfig`] to set. Another `image_size` or `num_frames` than it has positions for
+            resizes these; another number of labels brings a new classifier, which starts at zero.
 
     Raises:
         TypeError: for a name that is no field.
-        ValueError: lists the keys that are missing, have no counterpart or another shape.
+        ValueError: lists the keys that are missing, have no counterpart or another shape; for a size that the
+            tubelets do not divide, or for no labels.
     """
     check_fields(
         config, {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}, "MoNEViViTConfig"
     )
+    check_labels(config)
+    config = number_labels(config)
     weights = rename(state)
     for encoder in ("Spatial", "Temporal"):
         weights = {key.replace(f"{encoder}Transformer.", f"{encoder.lower()}."): v for key, v in weights.items()}
@@ -133,9 +139,15 @@ def vivit_from_scenic(state: Mapping[str, torch.Tensor], name: str, **config) ->
     has_head = "classifier.weight" in weights
     if has_head:
         fields["num_labels"] = weights["classifier.weight"].shape[0]
+    sizes = {key: config.pop(key) for key in ("image_size", "num_frames") if key in config}
+    labels = {key: config.pop(key) for key in LABEL_FIELDS if key in config}
     model = MoNEViViTForVideoClassification._from_config(MoNEViViTConfig(**{**fields, **config}))
     weights = {k if k.startswith("classifier.") else f"mone_vivit.{k}": v for k, v in weights.items()}
     load(model, weights, ("mone_vivit.spatial.routers.", *(() if has_head else ("classifier.",))), name)
+    if not has_head:
+        start_new_classifier(model)
+    set_labels(model, **labels)
+    resize_video_model(model, **sizes)
     return model
 
 

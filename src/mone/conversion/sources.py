@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -30,6 +32,8 @@ from .transformers_vits import LEFT, check_family
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, KeyError)
 # For `load_all`, which finds no key then.
 NOTHING = re.compile(r"(?!)")
+# Under which files of training runs hold the weights; DINO's holds a student beside the teacher.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "teacher")
 
 
 def read_weights(file: Path) -> Mapping:
@@ -38,6 +42,8 @@ def read_weights(file: Path) -> Mapping:
     Raises:
         ValueError: names a file that is cut short, or is none of these.
     """
+    if file.suffix == ".json":
+        raise ValueError(f"{file} holds no weights: give its folder, {file.parent}.")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -49,12 +55,33 @@ def read_weights(file: Path) -> Mapping:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise ValueError(f"{file} cannot be read as weights; it may be cut short: {error}") from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{file} holds a {type(content).__name__} and no state dict.")
+    if any(isinstance(value, Mapping) for value in content.values()):
+        raise ValueError(
+            f"{file} holds {list(content)[:8]}, and none of {WRAPPERS}: load the state dict among these and give it."
+        )
     return content
+
+
+def load_config(source: str | Path, **hub) -> PreTrainedConfig:
+    """The config of a folder or of a name on the Hub.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+    """
+    if not Path(source).exists():
+        try:
+            validate_repo_id(str(source))
+        except HFValidationError:
+            raise OSError(
+                f"There is no folder or file {str(source)!r}, nor can it be on the Hub, where a name is NAME or "
+                "OWNER/NAME."
+            ) from None
+    return AutoConfig.from_pretrained(source, **hub)
 
 
 def check_source(source: str | Path, **hub) -> PreTrainedConfig | None:
@@ -65,7 +92,7 @@ def check_source(source: str | Path, **hub) -> PreTrainedConfig | None:
     """
     if Path(source).is_file():
         return None
-    config = AutoConfig.from_pretrained(source, **hub)
+    config = load_config(source, **hub)
     if config.model_type != "mone":
         check_family(config)
     return config
@@ -77,7 +104,7 @@ def load_pretrained(source: str | Path, **hub) -> PreTrainedModel:
     Raises:
         ValueError: names the architecture that cannot be mapped, and why; or as [`load_all`].
     """
-    config = AutoConfig.from_pretrained(source, **hub)
+    config = load_config(source, **hub)
     check_family(config)  # before the weights are fetched
     model_class = getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
     if config.model_type == "timm_wrapper":

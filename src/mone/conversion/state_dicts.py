@@ -30,6 +30,17 @@ SIGNS = [
     (ViTConfig, "embeddings.cls_token"),
 ]
 
+# Of DistributedDataParallel, of Lightning's modules, and of backbones inside other models.
+PREFIXES = ("module.", "model.", "backbone.")
+
+
+def strip_prefixes(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A state dict without what all its keys begin with, where that only says what the model was a part of."""
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
 
 def guess_heads(width: int) -> int:
     """Heads of a ViT of this width: up to ViT-L, published ones have 64 features a head (one of timm's has not).

@@ -124,7 +124,7 @@ def from_timm(
 def _facts(model: nn.Module, name: str) -> tuple[dict, str]:
     """Config fields that a state dict does not show, and the pooling."""
     blocks = {type(block).__name__ for block in model.blocks}
-    block, pooling = model.blocks[0], model.global_pool
+    block, pooling = model.blocks[0], getattr(model, "global_pool", None)
     activation = type(block.mlp.act).__name__
     if activation == "GELU" and getattr(block.mlp.act, "approximate", "none") == "tanh":
         activation = "GELUTanh"
@@ -147,4 +147,4 @@ def _facts(model: nn.Module, name: str) -> tuple[dict, str]:
         "layer_norm_eps": block.norm1.eps,
         "image_size": tuple(model.patch_embed.img_size),
     }
-    return facts, "cls" if model.cls_token is not None and pooling != "avg" else "mean"
+    return facts, "cls" if getattr(model, "cls_token", None) is not None and pooling != "avg" else "mean"

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
-from .sources import load_classifier
+from .sources import load_classifier, load_config
 from .tower import LABEL_FIELDS, check_fields, follow_labels, start_new_classifier
 
 
@@ -132,7 +131,7 @@ def load_video_model(
             many or of another shape.
     """
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    before = AutoConfig.from_pretrained(source, **hub)
+    before = load_config(source, **hub)
     if before.model_type != "mone_vivit":
         raise ValueError(f"{source} is a {before.model_type!r} model; allowed is 'mone_vivit'.")
     sizes = {name: config.pop(name) for name in ("image_size", "num_frames") if name in config}
@@ -171,7 +170,7 @@ def set_labels(model: MoNEViViTForVideoClassification, **labels) -> None:
     """Give a model other labels, in place; another number of them brings a new classifier.
 
     Args:
-        labels: `id2label`, `label2id` and `problem_type`, as in a config.
+        labels: `num_labels`, `id2label`, `label2id` and `problem_type`, as in a config.
     """
     before = model.config.id2label
     model.config.update(labels)
