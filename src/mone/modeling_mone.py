@@ -425,8 +425,8 @@ def nested_encoder(
     tokens = hidden_states.contiguous()  # the layers write into tensors like it
     for index, layer in enumerate(layers):
         if index in routers:
-            hidden_states = restore_order(tokens, order)
-            routing = routers[index](hidden_states[:, num_prefix:], counts, generator)
+            tokens = restore_order(tokens, order)
+            routing = routers[index](tokens[:, num_prefix:], counts, generator)
             router_logits.append(routing.logits)
             expert_indices.append(routing.experts)
             gate = routing.gate
@@ -441,7 +441,7 @@ def nested_encoder(
                     order = expert_order(routing.experts, num_prefix)
                 else:
                     slices = ((0, batch, slices[0][2]),)
-            tokens = take_tokens(hidden_states, order)
+            tokens = take_tokens(tokens, order)
             gate = None if gate is None else take_tokens(gate, order)
         orders.append(order)
         tokens = layer(tokens, gate, feature_mask, slices, batch_first=order is None, **kwargs)
