@@ -39,7 +39,7 @@ def token_scores(model: MoNEForImageClassification, image: torch.Tensor, layers:
     ]
     for norm in norms:
         for width in (4, 8, 16):
-            factor = torch.ones(prefix + 16, 1, 1, requires_grad=True)
+            factor = torch.ones(1, prefix + 16, 1, requires_grad=True)
 
             def scale(norm, args, output, factor=factor, width=width):
                 return torch.cat([output[..., :width], output[..., width:] * factor], dim=-1)
@@ -47,7 +47,7 @@ def token_scores(model: MoNEForImageClassification, image: torch.Tensor, layers:
             hook = norm.register_forward_hook(scale)
             (gradient,) = torch.autograd.grad(model(image[None]).logits.max(), factor)
             hook.remove()
-            total = total + gradient[prefix:, 0, 0].abs()
+            total = total + gradient[0, prefix:, 0].abs()
     return total
 
 

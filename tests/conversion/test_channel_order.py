@@ -164,11 +164,11 @@ def test_the_moments_of_what_layers_read_and_of_the_gradients(name):
         norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)
     ]:
         for image in pixel_values:
-            summand, seen = torch.zeros(prefix + 16, 1, WIDTH, requires_grad=True), []
+            summand, seen = torch.zeros(1, prefix + 16, WIDTH, requires_grad=True), []
 
             def add(norm, args, output, summand=summand, seen=seen):
                 plain = nn.functional.layer_norm(args[0], (WIDTH,), eps=norm.eps)
-                seen.append(plain[prefix:, 0].detach().double())
+                seen.append(plain[0, prefix:].detach().double())
                 return (plain + summand) * norm.weight + norm.bias
 
             hook = norm.register_forward_hook(add)
@@ -176,7 +176,7 @@ def test_the_moments_of_what_layers_read_and_of_the_gradients(name):
             hook.remove()
             value = outputs.logits.max() if "logits" in outputs else outputs.pooler_output.square().sum() / 2
             (gradient,) = torch.autograd.grad(value, summand)
-            for number, x in enumerate((seen[0], gradient[prefix:, 0].double())):
+            for number, x in enumerate((seen[0], gradient[0, prefix:].double())):
                 expected[number] = expected[number] + x.T @ x
     inputs, gradients = (moment / moment.trace() for moment in expected)
     torch.testing.assert_close(read_moments(model, pixel_values), inputs + 0.3 * gradients, atol=1e-6, rtol=1e-4)

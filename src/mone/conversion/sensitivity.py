@@ -69,6 +69,6 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
             for hook in hooks:
                 hook.remove()
         yield [
-            Reading(norm, *(x.detach()[prefix:] for x in reading))
+            Reading(norm, *(x.detach()[:, prefix:].transpose(0, 1) for x in reading))
             for norm, *reading in zip(norms, entered, left, gradients, strict=True)
         ]
