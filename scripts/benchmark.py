@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if len(args.modes) > 1:
             parser.error("--growth takes one of --modes")
         used = ("growth", "capacities", "modes", "threads", "rounds", "output_dir")
-        given = [f"--{name}" for name, value in vars(args).items() if value != parser.get_default(name)]
-        given = [name for name in given if name.removeprefix("--") not in used]
+        others = {name: value for name, value in vars(args).items() if name not in used}
+        given = [f"--{name}" for name, value in others.items() if value != parser.get_default(name)]
         if given:
             parser.error(
                 f"--growth has models and sizes of its own, in float32 on the CPU: leave out {', '.join(given)}"

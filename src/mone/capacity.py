@@ -62,7 +62,7 @@ def solve_capacity_distribution(
         ValueError: if an argument is out of range.
     """
     e_c = _check_effective_capacity(effective_capacity, num_experts)
-    if not (_as_number(delta) or 0) > 1 or not (_as_number(beta) or 0) > 0:
+    if not (as_number(delta) or 0) > 1 or not (as_number(beta) or 0) > 0:
         raise ValueError(f"Eq. 3 needs finite delta > 1 and beta > 0, got delta={delta!r} and beta={beta!r}.")
     return _solve(e_c, num_experts, float(delta), float(beta))
 
@@ -163,7 +163,7 @@ def resolve_capacity(
         f"Allowed are an effective capacity in [{smallest:g}, 1], or {num_experts} shares in [0, 1], smallest "
         "expert first, that sum to 1."
     )
-    number = _as_number(capacity)
+    number = as_number(capacity)
     if number is not None:
         if not smallest - END_TOLERANCE <= number <= 1.0 + END_TOLERANCE:
             raise ValueError(f"capacity={capacity!r} is out of range. {allowed}")
@@ -171,7 +171,7 @@ def resolve_capacity(
     sequence = isinstance(capacity, Sequence) or (isinstance(capacity, np.ndarray) and capacity.ndim > 0)
     if not sequence or isinstance(capacity, (str, bytes)):
         raise ValueError(f"capacity={capacity!r} is neither a finite number nor a sequence of shares. {allowed}")
-    shares = [_as_number(share) for share in capacity]
+    shares = [as_number(share) for share in capacity]
     if len(shares) != num_experts:
         raise ValueError(f"capacity={capacity!r} has {len(shares)} shares for {num_experts} experts. {allowed}")
     if any(share is None or not 0.0 <= share <= 1.0 for share in shares):
@@ -199,7 +199,7 @@ def tokens_per_expert(shares: Sequence[float], num_tokens: int) -> tuple[int, ..
 
 def _check_effective_capacity(value: object, num_experts: int) -> float:
     smallest = relative_widths(num_experts)[0]
-    number = _as_number(value)
+    number = as_number(value)
     if number is None or not smallest <= number <= 1.0:
         raise ValueError(
             f"effective capacity must be a number in [{smallest:g}, 1] for {num_experts} experts, got {value!r}."
@@ -207,7 +207,7 @@ def _check_effective_capacity(value: object, num_experts: int) -> float:
     return number
 
 
-def _as_number(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """`value` as a finite float, or None where it is not a real number (bool and NaN are not)."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         return None

@@ -183,7 +183,7 @@ def describe_damage(source: str | os.PathLike, error: Exception) -> str | None:
     # torch's reader names no file, and raises almost anything (RuntimeError, EOFError, a bare "Invalid argument").
     # Only where its errors come from tells them from others, such as a lack of memory.
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    file = next((frame.f_locals["f"] for frame in frames if frame.f_code is torch.load.__code__), None)
+    file = next((frame.f_locals.get("f") for frame in frames if frame.f_code is torch.load.__code__), None)
     if file is None and not isinstance(error, (SafetensorError, json.JSONDecodeError)):
         return None
     return f"The weights of {source} cannot be read; {file or 'a file'} may be truncated: {error!r}"

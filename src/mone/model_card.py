@@ -37,7 +37,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from .capacity import SUM_TOLERANCE
+from .capacity import SUM_TOLERANCE, as_number
 from .flops import count_macs
 from .visualization import plot_accuracy_against_compute
 
@@ -53,7 +53,8 @@ def _is_text(value) -> bool:
 
 def _is_number(value) -> bool:
     """Whether `value` is a number of at least 0, which infinity, NaN and `True` are not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < math.inf
+    number = as_number(value)
+    return number is not None and number >= 0
 
 
 def _is_list(value, of: Callable) -> bool:

@@ -103,6 +103,7 @@ class MoNETrainer(Trainer):
     or SIGTERM, where a run on one process saves a checkpoint first.
 
     Raises:
+        TypeError: when it is made, for arguments of another class.
         ValueError: when it is made, for a capacity that the model does not allow, a teacher that does not fit, or
             several GPUs in one process; when training goes on from a checkpoint, for other capacities or rates.
     """
