@@ -137,7 +137,7 @@ class TestWhatDoesNotFit:
     def test_truncated(self, folder, size):
         path = folder / "image" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(OSError, match=r"copy.image cannot be read; a file may be truncated"):
+        with pytest.raises(OSError, match=r"copy.image cannot be read; .*image.model\.safetensors may be truncated"):
             AutoModelForImageClassification.from_pretrained(folder / "image")
 
     # Every size has torch's reader raise something else.
@@ -163,14 +163,14 @@ class TestWhatDoesNotFit:
         shards = sorted((folder / "sharded").glob("model-*.safetensors"))
         assert len(shards) > 2
         shards[1].write_bytes(shards[1].read_bytes()[:-1])
-        with pytest.raises(OSError, match=r"copy.sharded cannot be read; a file may be truncated"):
+        with pytest.raises(OSError, match=f"copy.sharded cannot be read; .*{shards[1].name} may be truncated"):
             AutoModelForImageClassification.from_pretrained(folder / "sharded")
         shards[1].unlink()
         with pytest.raises(OSError, match=shards[1].name):
             AutoModelForImageClassification.from_pretrained(folder / "sharded")
         index = folder / "sharded" / "model.safetensors.index.json"
         index.write_text(index.read_text()[:100])
-        with pytest.raises(OSError, match=r"copy.sharded cannot be read; a file may be truncated"):
+        with pytest.raises(OSError, match=f"copy.sharded cannot be read; .*{index.name} may be truncated"):
             AutoModelForImageClassification.from_pretrained(folder / "sharded")
 
     def test_a_pipeline_says_so_too(self, folder):

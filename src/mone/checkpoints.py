@@ -178,15 +178,21 @@ class CheckpointMixin:
         return commit
 
 
+# What reads a checkpoint, by name, as other versions of transformers may lack one, and what it calls the file.
+_FILES = {"load": "f", "_load_pretrained_model": "file", "get_checkpoint_shard_files": "index_filename"}
+
+
 def describe_damage(source: str | os.PathLike, error: Exception) -> str | None:
     """What to say of the weights of `source` if `error` is of a file that cannot be read; else None."""
-    # torch's reader names no file, and raises almost anything (RuntimeError, EOFError, a bare "Invalid argument").
-    # Only where its errors come from tells them from others, such as a lack of memory.
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    file = next((frame.f_locals.get("f") for frame in frames if frame.f_code is torch.load.__code__), None)
-    if file is None and not isinstance(error, (SafetensorError, json.JSONDecodeError)):
+    # The readers name no file, and torch's raises almost anything (RuntimeError, EOFError, a bare "Invalid argument").
+    # Only the calls that its errors come from tell them from others, such as a lack of memory.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    files = [frame.f_locals.get(_FILES.get(frame.f_code.co_name)) for frame in frames]
+    of_torch = any(frame.f_code is torch.load.__code__ for frame in frames)
+    if not of_torch and not isinstance(error, (SafetensorError, json.JSONDecodeError)):
         return None
-    return f"The weights of {source} cannot be read; {file or 'a file'} may be truncated: {error!r}"
+    file = next(filter(None, reversed(files)), "a file")
+    return f"The weights of {source} cannot be read; {file} may be truncated: {error!r}"
 
 
 def _pictures(card: Path) -> list[Path]:
