@@ -42,7 +42,8 @@ from mone.training.command_line import parse_overrides
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-ROUTER_FIELDS = ("num_experts", "router_layers", "router_type")
+# Of a video model, and of the image model that it is made of.
+SHARED_FIELDS = ("num_experts", "router_layers", "router_type", "num_attention_heads", "hidden_act", "layer_norm_eps")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -87,8 +88,7 @@ def main(argv: list[str] | None = None) -> Path:
         processor = fit_image_processor(processor, args.source, model.config)
         fit(model, processor, files)
     elif args.video:
-        # Known before the routers are fitted.
-        fields = {name: overrides[name] for name in ROUTER_FIELDS if name in overrides}
+        fields = {name: overrides[name] for name in SHARED_FIELDS if name in overrides}
         image_model = load_image_model(args.source, **hub, **fields)
         if isinstance(image_model, MoNEViViTForVideoClassification):
             raise ValueError(f"{args.source} is a video model already: leave --video away.")

@@ -43,6 +43,7 @@ from mone.conversion import (
     load_video_model,
     make_video_processor,
     mone_from_vit,
+    mone_vivit_from_mone,
     order_channels,
     processors,
 )
@@ -365,6 +366,31 @@ def test_weights_alone_do_not_tell_everything(caplog):
     del known["hidden_act"]
     mone_from_vit(siglip.state_dict(), **known)
     assert "has weights only, which do not show all. Taken: hidden_act=gelu_pytorch_tanh." in caplog.text
+
+
+@pytest.mark.parametrize("field", [{"num_attention_heads": 2}, {"hidden_act": "gelu"}, {"layer_norm_eps": 1e-6}])
+def test_what_a_source_states_and_its_weights_do_not_show_stays(tmp_path, field):
+    """All of these fit the weights, and give another function."""
+    (key, value), vit = next(iter(field.items())), make_vit("vit")
+    stated = getattr(vit.config, key)
+    assert value != stated
+    allowed = mone_from_vit(vit, **{key: stated})
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(allowed(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
+    vit.save_pretrained(tmp_path / "vit")
+    allowed.save_pretrained(tmp_path / "mone")
+    video = mone_vivit_from_mone(mone_from_vit(vit), num_frames=4)
+    video.save_pretrained(tmp_path / "video")
+    for change in (
+        lambda: mone_from_vit(vit, **field),
+        lambda: load_image_model(tmp_path / "vit", **field),
+        lambda: load_image_model(tmp_path / "mone", **field),
+        lambda: mone_vivit_from_mone(allowed, **field),
+        lambda: load_video_model(tmp_path / "video", **field),
+    ):
+        with pytest.raises(ValueError, match=f"{key}={value!r}: .* has {stated!r}, and its weights are for that"):
+            change()
 
 
 @pytest.mark.parametrize("patch_size", [(8, 8), (4, 8)])

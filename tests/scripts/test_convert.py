@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from mone import MoNEForImageClassification, MoNEModel
+from mone.configuration_mone import as_pair
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -110,6 +111,25 @@ def test_to_video(tmp_path, dinov2):
     assert list(processor.image_mean) == [0.1, 0.2, 0.3] and processor.num_frames == 4
     with pytest.raises(ValueError, match="'mone_vivit' model cannot become a MoNE"):
         convert.main([str(tmp_path / "one"), str(tmp_path / "three"), "--video"])
+
+
+def test_to_video_from_weights_that_do_not_show_the_heads(tmp_path, dinov2):
+    """Both models get what is said of them."""
+    options = ["--video", "--config_overrides", "num_frames=4,num_attention_heads=4,layer_norm_eps=1e-3"]
+    vit = Dinov2Model.from_pretrained(dinov2, layer_norm_eps=1e-3)
+    assert vit.config.num_attention_heads == 4
+    torch.save(vit.state_dict(), tmp_path / "vit.bin")
+    vit.save_pretrained(tmp_path / "vit")
+    convert.main([str(tmp_path / "vit.bin"), str(tmp_path / "one"), *options])
+    convert.main([str(tmp_path / "vit"), str(tmp_path / "two"), "--video", "--config_overrides", "num_frames=4"])
+    one, two = (AutoModelForVideoClassification.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    assert (one.config.num_attention_heads, one.config.layer_norm_eps) == (4, 1e-3)
+    two.mone_vivit.temporal.load_state_dict(one.mone_vivit.temporal.state_dict())  # new in each
+    two.mone_vivit.spatial.routers.load_state_dict(one.mone_vivit.spatial.routers.state_dict())
+    clips = torch.randn(2, 4, 3, *as_pair(one.config.image_size))
+    with torch.no_grad():
+        one, two = (model.mone_vivit(clips).last_hidden_state for model in (one, two))
+    torch.testing.assert_close(one, two)
 
 
 def test_a_video_model_for_other_clips_and_labels(tmp_path, dinov2, image):

@@ -19,7 +19,7 @@ from .scenic import flatten, from_scenic, is_factorised, vivit_from_scenic
 from .sources import NOTHING, check_source, load_all, load_classifier, load_pretrained, read_weights
 from .state_dicts import infer_config, strip_prefixes
 from .timm_vits import from_timm
-from .tower import LABEL_FIELDS, Tower, build_image_model, check_fields
+from .tower import LABEL_FIELDS, STATED_FIELDS, Tower, build_image_model, check_fields, check_stated
 from .transformers_vits import from_transformers
 
 
@@ -68,7 +68,8 @@ def mone_from_vit(
     Raises:
         TypeError: for a name that is no field, or a source of another type.
         ValueError: names an architecture that cannot be mapped, and why; lists keys that are missing, have no
-            counterpart or another shape; or if the width is not divisible by 2**(num_experts - 1).
+            counterpart or another shape; a field that the source states otherwise and weights do not show, such as
+            `num_attention_heads`; or a width that is not divisible by 2**(num_experts - 1).
     """
     fields = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
     check_fields(config, fields, "MoNEConfig")  # before any weights are read
@@ -118,10 +119,10 @@ def tower_of_state(state: Mapping[str, torch.Tensor], name: str, config: Mapping
         tower = from_timm(state, name, num_attention_heads=heads, image_size=size)
     else:
         tower = from_transformers(infer_config(state, heads, size), state, name)
-    guessed = {key: tower.fields[key] for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")}
-    guessed = [f"{key}={value}" for key, value in guessed.items() if key not in config]
+    guessed = [f"{key}={tower.fields[key]}" for key in STATED_FIELDS if key not in config]
     if guessed:
         logger.warning("%s has weights only, which do not show all. Taken: %s.", name, ", ".join(guessed))
+    tower.fields.update({key: config[key] for key in STATED_FIELDS if key in config})
     return tower
 
 
@@ -138,6 +139,7 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     config = check_source(source, **_hub(options))
     if config is None or config.model_type != "mone":
         return mone_from_vit(source, **options)
+    check_stated(options, vars(config), str(source))
     size = options.pop("image_size", None)
     if config.architectures == [MoNEModel.__name__] and not {"num_labels", "id2label"} & set(options):
         model = load_all(MoNEModel, source, NOTHING, **options)

@@ -16,7 +16,16 @@ import torch
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .state_dicts import count_layers
-from .tower import LABEL_FIELDS, Tower, check_fields, check_labels, load, number_labels, start_new_classifier
+from .tower import (
+    LABEL_FIELDS,
+    Tower,
+    check_fields,
+    check_labels,
+    check_stated,
+    load,
+    number_labels,
+    start_new_classifier,
+)
 from .video import resize_video_model, set_labels
 
 
@@ -118,7 +127,7 @@ def vivit_from_scenic(state: Mapping[str, torch.Tensor], name: str, **config) ->
     Raises:
         TypeError: for a name that is no field.
         ValueError: lists the keys that are missing, have no counterpart or another shape; for a size that the
-            tubelets do not divide, or for no labels.
+            tubelets do not divide, for no labels, or for a field that Scenic's models state otherwise.
     """
     check_fields(
         config, {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}, "MoNEViViTConfig"
@@ -129,6 +138,7 @@ def vivit_from_scenic(state: Mapping[str, torch.Tensor], name: str, **config) ->
     for encoder in ("Spatial", "Temporal"):
         weights = {key.replace(f"{encoder}Transformer.", f"{encoder.lower()}."): v for key, v in weights.items()}
     fields = _fields(weights, state, "spatial.", name)
+    check_stated(config, fields, name)
     tubelet = fields.pop("patch_size")
     times = weights.get("temporal.position_embeddings")
     if times is None or len(tubelet) != 3:

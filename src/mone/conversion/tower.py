@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 # Of every config, beside the fields of its model.
 LABEL_FIELDS = ("num_labels", "id2label", "label2id", "problem_type")
 
+# Weights do not show these, and fit whatever they are: only a source that does not state them can be given others.
+STATED_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+
 
 @dataclass
 class Tower:
@@ -42,6 +45,13 @@ def check_fields(config: Mapping, allowed: set[str], config_class: str) -> None:
     unknown = sorted(set(config) - allowed)
     if unknown:
         raise TypeError(f"{unknown} are no fields of {config_class}; allowed are {sorted(allowed)}.")
+
+
+def check_stated(config: Mapping, stated: Mapping, name: str) -> None:
+    """Raise ValueError for a field to set that the source `name` states otherwise: it would be another function."""
+    for key in STATED_FIELDS:
+        if key in config and key in stated and config[key] != stated[key]:
+            raise ValueError(f"{key}={config[key]!r}: {name} has {stated[key]!r}, and its weights are for that.")
 
 
 def number_labels(fields: Mapping) -> dict:
@@ -73,10 +83,12 @@ def build_image_model(
 
     Raises:
         TypeError: for a name that is no field.
-        ValueError: lists the keys that are missing, have no counterpart or another shape; or for no labels.
+        ValueError: lists the keys that are missing, have no counterpart or another shape; or for no labels, or a
+            field that the tower states otherwise.
     """
     check_fields(config, {*MoNEConfig.__annotations__, *LABEL_FIELDS}, "MoNEConfig")
     check_labels(config)
+    check_stated(config, tower.fields, tower.name)
     config = number_labels(config)
     tower = replace(tower, fields=number_labels(tower.fields))
     size, patch = as_pair(tower.fields["image_size"]), as_pair(tower.fields["patch_size"])

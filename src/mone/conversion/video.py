@@ -11,7 +11,7 @@ from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
 from .sources import load_classifier, load_config
-from .tower import LABEL_FIELDS, check_fields, follow_labels, start_new_classifier
+from .tower import LABEL_FIELDS, check_fields, check_stated, follow_labels, start_new_classifier
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def mone_vivit_from_mone(
     Raises:
         TypeError: for a name that is no field, or a model that is no image model.
         ValueError: names the weights for which the image model has none of the same shape, or the fields for which
-            its trained or calibrated routers would be lost.
+            its trained or calibrated routers would be lost, or that its weights are not for.
     """
     if not isinstance(image_model, (MoNEForImageClassification, MoNEModel)):
         raise TypeError(
@@ -41,6 +41,7 @@ def mone_vivit_from_mone(
     known = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
     check_fields(config, known, "MoNEViViTConfig")
     source = image_model.config
+    check_stated(config, vars(source), "the image model")
     of_image = {name: getattr(source, name) for name in MoNEConfig.__annotations__ if name != "patch_size"}
     tubelet_size = (2, *as_pair(source.patch_size))
     video_config = MoNEViViTConfig(**{**of_image, "tubelet_size": tubelet_size, **config})
@@ -134,6 +135,7 @@ def load_video_model(
     before = load_config(source, **hub)
     if before.model_type != "mone_vivit":
         raise ValueError(f"{source} is a {before.model_type!r} model; allowed is 'mone_vivit'.")
+    check_stated(config, vars(before), str(source))
     sizes = {name: config.pop(name) for name in ("image_size", "num_frames") if name in config}
     model = load_classifier(MoNEViViTForVideoClassification, source, before, MoNEViViTModel, **hub, **config)
     resize_video_model(model, **sizes)
