@@ -1,6 +1,8 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """timm's ViTs -> MoNE: the same function at capacity 1.0."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,22 @@ def test_a_model_is_the_same_at_capacity_one(variant):
             output = model(pixel_values, interpolate_pos_encoding=True)
             output = output.logits if "logits" in output else output.pooler_output
             torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("head", ["head", "dino_head"])
+def test_a_file_of_pretraining(tmp_path, caplog, head):
+    """As DINO writes them: command line, student, and teacher with its projection."""
+    vit = make_timm(num_classes=0)
+    networks = {f"backbone.{key}": value for key, value in vit.state_dict().items()}
+    networks |= {f"{head}.mlp.0.weight": torch.zeros(3, 64), f"{head}.last_layer.weight_v": torch.zeros(9, 3)}
+    student = {f"module.{key}": torch.zeros_like(value) for key, value in networks.items()}
+    file = tmp_path / "checkpoint.pth"
+    torch.save({"student": student, "teacher": networks, "args": argparse.Namespace(lr=1e-3), "epoch": 3}, file)
+    model = mone_from_vit(file, num_attention_heads=2)
+    assert f"Left behind of {file}, since a MoNE has no such part: {head}.mlp.0.weight" in caplog.text
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).pooler_output, vit(pixel_values), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"mean, normed before"}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
@@ -136,7 +136,11 @@ def load_image_model(source: str | Path, **options) -> MoNE:
     Raises:
         ValueError: as in [`mone_from_vit`]; or if trained routers would come to other layers.
     """
-    config = check_source(source, **_hub(options))
+    return _load_checked(source, check_source(source, **_hub(options)), options)
+
+
+def _load_checked(source: str | Path, config: PreTrainedConfig | None, options: dict) -> MoNE:
+    """[`load_image_model`] of a source whose config [`check_source`] has read."""
     if config is None or config.model_type != "mone":
         return mone_from_vit(source, **options)
     check_stated(options, vars(config), str(source))
@@ -182,12 +186,12 @@ def load_image_model_and_processor(
     That is `image_size` where it is given, else the processor's: DINOv2's positions are for images of 518 pixels,
     and its processor makes 224. A ViViT-FE comes with a video processor.
     """
-    check_source(source, **_hub(options))  # whose error says more
+    config = check_source(source, **_hub(options))  # first, as its error says more
     processor = load_image_processor(source, **_hub(options))
     size = None if processor is None else output_size(processor)
     if size is not None:
         options = {"image_size": size, **options}
-    model = load_image_model(source, **options)
+    model = _load_checked(source, config, options)
     if isinstance(model, MoNEViViTForVideoClassification):
         return model, make_video_processor(model.config)
     return model, fit_image_processor(processor, source, model.config)

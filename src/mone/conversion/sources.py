@@ -1,6 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Where a ViT may come from: a folder, the Hub, a file of weights."""
 
+import argparse
 import pickle
 import re
 import zipfile
@@ -52,7 +53,9 @@ def read_weights(file: Path) -> Mapping:
                 return dict(arrays)
         if file.suffix == ".onnx":
             return read_onnx(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        # Training runs (DINO, MAE, DeiT) save their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         raise ValueError(f"{file} cannot be read as weights; it may be cut short: {error}") from error
     for wrapper in WRAPPERS:

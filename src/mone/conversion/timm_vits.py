@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .folding import cls_token_to_register, fold_layer_scale, join_heads, num_registers, token_to_register
-from .state_dicts import count_layers, guess_heads, guess_image_size
+from .state_dicts import PROJECTIONS, count_layers, guess_heads, guess_image_size
 from .tower import Tower
 
 
@@ -24,8 +24,8 @@ RENAMES = [
     (r"^(fc_)?norm\.", "layernorm."),
     (r"^head\.", "classifier."),
 ]
-# Masks and decoders of pretraining, attention pooling.
-LEFT = re.compile(r"mask_token$|decoder_|attn_pool\.")
+# Masks, decoders and projections of pretraining, attention pooling.
+LEFT = re.compile(rf"mask_token$|decoder_|attn_pool\.|{PROJECTIONS.pattern}")
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "ReLU": "relu"}
 
 
