@@ -141,9 +141,15 @@ def test_compiled_layers_give_the_same_rows(monkeypatch):
 
 
 def test_baselines_at_the_same_multiply_accumulates(monkeypatch):
-    fake_clock(monkeypatch, lambda name: {"dense": 1.0, "mone": 0.5, "timm": 1.0, "token_merging": 0.8}[name[0]])
+    seconds = {"dense": 1.0, "mone": 0.5, "timm": 1.0, "token_merging": 0.8, "mixture_of_depths": 0.5}
+    fake_clock(monkeypatch, lambda name: seconds[name[0]])
     rows = {(r["model"], r["capacity"]): r for r in measure(image_config(), [0.9], 2, baselines=benchmark.BASELINES)}
-    assert set(rows) == {("dense", None), ("mone", 0.9), ("timm", None), ("token_merging", 0.9)}
+    assert set(rows) == {
+        *(("dense", None), ("mone", 0.9), ("timm", None), ("token_merging", 0.9)),
+        ("mixture_of_depths", None),
+    }
+    depths = rows["mixture_of_depths", None]
+    assert 0.5 < 1 / depths["reduction"] < 0.7 and depths["efficiency"] == pytest.approx(2 / depths["reduction"])
     merging, mone = rows["token_merging", 0.9], rows["mone", 0.9]
     assert merging["gmacs"] == mone["gmacs"] and merging["speedup"] == 1.25
     assert all(row["peak_megabytes"] > 0 for row in rows.values())

@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, ViTConfig
@@ -98,6 +100,29 @@ def test_resolve_capacity_takes_the_calls_value_before_the_configs():
         config.resolve_capacity(1.2)
 
 
+@pytest.mark.parametrize(
+    ("capacity", "plain"),
+    [
+        (np.float64(0.4), 0.4),
+        (np.int64(1), 1.0),
+        (Fraction(1, 2), 0.5),
+        (np.array([0.0, 0.5, 0.5, 0.0]), [0.0, 0.5, 0.5, 0.0]),
+        ([np.float32(0.25)] * 4, [0.25] * 4),
+        ((0, 0, Fraction(1, 4), 0.75), (0, 0, 0.25, 0.75)),
+    ],
+    ids=repr,
+)
+def test_whatever_a_call_takes_the_config_takes_and_saves(tmp_path, capacity, plain):
+    config = MoNEConfig(capacity=capacity)
+    assert config.capacity == plain and type(config.capacity) is type(plain)
+    config.save_pretrained(tmp_path)
+    assert MoNEConfig.from_pretrained(tmp_path).resolve_capacity() == config.resolve_capacity(capacity)
+    config = MoNEConfig()
+    config.capacity = capacity
+    config.save_pretrained(tmp_path)
+    assert MoNEConfig.from_pretrained(tmp_path).resolve_capacity() == config.resolve_capacity(capacity)
+
+
 def test_resolve_capacity_uses_the_configs_eq_3():
     config = MoNEConfig(num_experts=3, capacity_delta=4.0, capacity_beta=0.5)
     expected = solve_capacity_distribution(0.5, 3, 4.0, 0.5)
@@ -135,6 +160,11 @@ def test_resolve_capacity_uses_the_configs_eq_3():
         ({"final_norm": "first"}, ["'first'", "tokens", "pooled", "none"]),
         ({"num_register_tokens": -1}, ["num_register_tokens=-1"]),
         ({"pooling": "cls_registers"}, ["num_register_tokens=0", "at least 1"]),
+        ({"capacity": True}, ["True", "[0.125, 1]"]),
+        ({"capacity": "0.4"}, ["'0.4'", "[0.125, 1]"]),
+        ({"capacity": None}, ["None", "[0.125, 1]"]),
+        ({"intermediate_size": 0}, ["intermediate_size=0", "at least 1"]),
+        ({"num_channels": -1}, ["num_channels=-1", "at least 1"]),
         ({"capacity": 0.05}, ["0.05", "[0.125, 1]"]),
         ({"capacity": 0}, ["0", "[0.125, 1]"]),
         ({"capacity": 1.2}, ["1.2", "[0.125, 1]"]),
@@ -159,9 +189,6 @@ def test_bad_values_are_value_errors_that_give_the_value_and_what_is_allowed(fie
 @pytest.mark.parametrize(
     "fields",
     [
-        {"capacity": True},
-        {"capacity": "high"},
-        {"capacity": None},
         {"router_layers": 0},
         {"router_layers": "0"},
         {"router_layers": [0.5]},

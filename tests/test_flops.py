@@ -129,6 +129,13 @@ def test_bad_capacity(capacity):
         count_macs(small_config(), capacity)
 
 
+@pytest.mark.parametrize("size", [-8, 1, (32, 33)])
+def test_bad_image_size(size):
+    for count in (count_macs, attention_macs):
+        with pytest.raises(ValueError, match=r"must be a positive multiple of patch_size"):
+            count(small_config(), image_size=size)
+
+
 # --- capacity_for_macs ----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import VivitConfig, VivitForVideoClassification, VivitImageProcessor, pipeline
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 from videos import REAL_FOLDER, audio_only, make_ten_minutes, plain, remux, run_and_read_peaks, transcode
@@ -111,6 +112,10 @@ def test_every_kind_of_input(model_folder, videos):
     one_by_one = [scores(result) for result in pipe(list(batch), top_k=6)]
     for together in (pipe(batch, top_k=6), pipe(torch.from_numpy(batch), top_k=6, batch_size=2)):
         assert [scores(result) for result in together] == [pytest.approx(alone, abs=1e-5) for alone in one_by_one]
+    for frames in (list(batch[0]), [Image.fromarray(frame) for frame in batch[0]]):  # one video, and one result
+        assert scores(pipe(frames, top_k=6)) == pytest.approx(one_by_one[0], abs=1e-5)
+        (in_a_list,) = pipe([frames], top_k=6)
+        assert scores(in_a_list) == pytest.approx(one_by_one[0], abs=1e-5)
 
 
 def test_a_saved_pipeline_keeps_its_processor(model_folder, videos, tmp_path):
@@ -311,6 +316,7 @@ def test_a_file_that_is_no_video(pipe, tmp_path, name, content, message):
 MEMORY = """
 import resource, sys
 import torch
+from PIL import Image
 from transformers import pipeline
 from mone import MoNEViViTConfig, MoNEViViTForVideoClassification, MoNEViViTVideoProcessor
 config = MoNEViViTConfig(hidden_size=16, num_hidden_layers=1, num_temporal_layers=1, num_attention_heads=2,

@@ -306,3 +306,10 @@ def test_router_gets_gradients_from_the_gate_once_alpha_is_positive():
         assert router.alpha.grad.abs().item() > 0
         assert bool(router.proj.weight.grad.abs().max() > 0) == reaches
         assert bool(router.proj.bias.grad.abs().max() > 0) == reaches
+
+
+def test_the_gate_of_double_precision_has_its_precision():
+    router = make_router(alpha=0.5).double()
+    x = make_tokens().double().requires_grad_()
+    # Finite differences of 1e-6 see nothing through float32.
+    assert torch.autograd.gradcheck(lambda x: router(x, COUNTS).gate, x)

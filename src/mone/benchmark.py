@@ -24,7 +24,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .baselines import DenseModel, TokenMergingModel, merged_per_layer_for_macs
+from .baselines import (
+    DenseModel,
+    MixtureOfDepthsModel,
+    TokenMergingModel,
+    merged_per_layer_for_macs,
+    mixture_of_depths_macs,
+)
 from .capacity import relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .export import export_onnx, onnx_session, quantize_onnx, write_onnx
@@ -48,7 +54,7 @@ from .training.schedules import CapacitySchedule, paper_grid
 # CUDA graph, or in ONNX Runtime, in float32 or in int8.
 MODES = ("eager", "prepared", "compiled", "graphed", "onnx", "onnx_int8")
 # What else may be timed beside: timm's dense ViT, and token merging with as many multiply-accumulates as each MoNE.
-BASELINES = ("timm", "token_merging")
+BASELINES = ("timm", "token_merging", "mixture_of_depths")
 
 
 def example_input(config: MoNEConfig, batch_size: int) -> torch.Tensor:
@@ -135,7 +141,8 @@ def measure(
         modes: of `MODES`. With "compiled", "graphed", "onnx" and "onnx_int8" the dense model is timed in this mode,
             too: in ONNX Runtime with all threads of torch, exported and quantised by the same functions. "graphed"
             takes the time of the kernels alone, without Python's, on an NVIDIA GPU.
-        baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package.
+        baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package. "token_merging" has the
+            multiply-accumulates of each capacity, "mixture_of_depths" its own.
         train: forward and backward instead of inference; in eager mode only. Two rows more have a schedule for their
             mode and no capacity: "uniform", the mean over the capacities of [`paper_grid`], and "joint", all nested
             widths.
@@ -227,6 +234,9 @@ def measure(
         for capacity in capacities:
             merging = new(TokenMergingModel, merged_per_layer_for_macs(config, gmacs[capacity]))
             variants["token_merging", "eager", capacity] = lambda m=merging: run(m)
+    if "mixture_of_depths" in baselines:
+        depths = new(MixtureOfDepthsModel)
+        variants["mixture_of_depths", "eager", None] = lambda: run(depths)
 
     with (
         torch.set_grad_enabled(train),
@@ -246,6 +256,8 @@ def measure(
         steps = schedules.get(mode)
         calls = len(steps) if mode == "uniform" else 1
         macs = gmacs[capacity] if steps is None else sum(count_macs(config, c) for c in steps) / calls / 1e9
+        if name == "mixture_of_depths":
+            macs = mixture_of_depths_macs(config) / 1e9
         median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
         row = {
             "model": name,

@@ -60,6 +60,7 @@ def solve_capacity_distribution(
 
     Raises:
         ValueError: if an argument is out of range.
+        RuntimeError: if SLSQP finds none, as happens for `beta` below 1e-5.
     """
     e_c = _check_effective_capacity(effective_capacity, num_experts)
     if not (as_number(delta) or 0) > 1 or not (as_number(beta) or 0) > 0:
@@ -180,6 +181,16 @@ def resolve_capacity(
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise ValueError(f"capacity={capacity!r} sums to {total:g}. {allowed}")
     return tuple(share / total for share in shares)
+
+
+def as_plain(capacity: float | Sequence[float]) -> float | list[float] | tuple[float, ...]:
+    """An allowed capacity in Python's own numbers, which JSON can hold; those it has already stay as they are."""
+    if isinstance(capacity, tuple):
+        return tuple(map(as_plain, capacity))
+    number = as_number(capacity)
+    if number is None:
+        return list(map(as_plain, capacity))
+    return capacity if type(capacity) in (int, float) else number
 
 
 def tokens_per_expert(shares: Sequence[float], num_tokens: int) -> tuple[int, ...]:

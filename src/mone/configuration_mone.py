@@ -1,11 +1,13 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Configurations of the image and the video model: ViT's and ViViT's fields, and those of MoNE."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .capacity import relative_widths, resolve_capacity
+from .capacity import as_plain, relative_widths, resolve_capacity
 
 
 ROUTER_TYPES = ("learned", "random", "argmax")
@@ -116,7 +118,7 @@ class MoNEConfig(PreTrainedConfig):
     num_experts: int = 4
     router_layers: list[int] | tuple[int, ...] = (0,)
     router_type: str = "learned"
-    capacity: float | int | list[float | int] | tuple[float | int, ...] = 1.0
+    capacity: Any = 1.0  # `resolve_capacity` says what is allowed, as for the argument of a call
     capacity_delta: float | int = 2.0
     capacity_beta: float | int = 10.0
 
@@ -159,6 +161,11 @@ class MoNEConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} must be one of {sorted(ACT2FN)}.")
+        if min(self.intermediate_size, self.num_channels, self.num_hidden_layers) < 1:
+            raise ValueError(
+                f"intermediate_size={self.intermediate_size}, num_channels={self.num_channels} and "
+                f"num_hidden_layers={self.num_hidden_layers} must be at least 1."
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={self.drop_path_rate} must be in [0, 1).")
 
@@ -191,6 +198,7 @@ class MoNEConfig(PreTrainedConfig):
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"router_type={self.router_type!r} must be one of {ROUTER_TYPES}.")
         self.resolve_capacity()
+        self.capacity = as_plain(self.capacity)
 
     def resolve_capacity(self, capacity=None) -> tuple[float, ...]:
         """The capacity distribution, smallest expert first, of a call's `capacity` (`None`: the config's own).

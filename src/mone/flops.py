@@ -26,12 +26,10 @@ def count_macs(
         image_size: pixels (height, width) where they differ from `config.image_size`.
 
     Raises:
-        ValueError: if `capacity` is not allowed.
+        ValueError: if `capacity` is not allowed, or patches do not divide `image_size`.
     """
     d, e = config.hidden_size, config.num_experts
-    patch = as_pair(config.patch_size)
-    image = as_pair(config.image_size if image_size is None else image_size)
-    n = (image[0] // patch[0]) * (image[1] // patch[1])
+    patch, n = as_pair(config.patch_size), _num_patches(config, image_size)
     prefix = config.num_prefix_tokens
     counts = tokens_per_expert(config.resolve_capacity(capacity), n)
 
@@ -62,13 +60,19 @@ def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None 
     Args:
         config, image_size: as in `count_macs`.
     """
-    patch, image = as_pair(config.patch_size), as_pair(config.image_size if image_size is None else image_size)
     prefix = config.num_prefix_tokens
-    sequences = config.num_hidden_layers * (prefix + (image[0] // patch[0]) * (image[1] // patch[1])) ** 2
+    sequences = config.num_hidden_layers * (prefix + _num_patches(config, image_size)) ** 2
     if isinstance(config, MoNEViViTConfig):
         time = config.num_frames // config.tubelet_size[0]
         sequences = time * sequences + config.num_temporal_layers * (prefix + time) ** 2
     return 2 * config.hidden_size * sequences
+
+
+def _num_patches(config: MoNEConfig, image_size: int | tuple[int, int] | None) -> int:
+    image, patch = as_pair(config.image_size if image_size is None else image_size), as_pair(config.patch_size)
+    if any(pixels < step or pixels % step for pixels, step in zip(image, patch, strict=True)):
+        raise ValueError(f"image_size={image_size} must be a positive multiple of patch_size={config.patch_size}.")
+    return (image[0] // patch[0]) * (image[1] // patch[1])
 
 
 def _layer_macs(config: MoNEConfig, sequence: int, full_width_tokens: float) -> float:

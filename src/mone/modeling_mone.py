@@ -871,7 +871,8 @@ class ClassifierMixin:
         Args:
             labels (`torch.Tensor` of shape `(batch,)`, or `(batch, num_labels)` for several labels, *optional*):
                 Targets of the loss that `config.problem_type` names: class numbers or `(batch, num_labels)`
-                probabilities, as mixup makes them (single label), 0 and 1 (multi label) or values (regression).
+                probabilities, as mixup makes them (single label), floating 0 and 1 (multi label), or values
+                (regression).
             pixel_values, capacity, interpolate_pos_encoding, generator and the outputs:
                 As in the model without a head.
 

@@ -19,6 +19,8 @@ from transformers.pipelines.image_classification import ImageClassificationPipel
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 
+from .video_processing_mone import is_one_video
+
 
 class CapacityMixin:
     """Adds `capacity` to a stock pipeline class, which follows it among the bases.
@@ -134,6 +136,11 @@ class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline
         if self._takes_capacity() and self.feature_extractor is None:
             # Where the base class looks for what batches inputs and what to save beside the model.
             self.feature_extractor = self.video_processor
+
+    def __call__(self, inputs=None, **kwargs):
+        if self._takes_capacity() and isinstance(inputs, list) and is_one_video(inputs):
+            return super().__call__([inputs], **kwargs)[0]  # the stock call takes every list for one of videos
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, num_clips=None, **kwargs):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**kwargs)

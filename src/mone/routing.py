@@ -102,8 +102,8 @@ class Router(nn.Module):
             scores = torch.rand(shape, generator=generator, device=device).to(hidden_states.device)
             return Routing(scores, expert_preferred_routing(scores, token_counts), None)
         logits = self.proj(hidden_states)
-        # float32: in half precision many tokens would share one probability, and alpha * r would round to 0.
-        probabilities = logits.float().softmax(dim=-1)
+        # At least float32: in half precision many tokens would share one probability, and alpha * r would round to 0.
+        probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self.router_type == "argmax":
             experts = argmax_routing(probabilities)
         else:
@@ -113,7 +113,7 @@ class Router(nn.Module):
 
     def effective_alpha(self) -> torch.Tensor:
         """Alpha clamped to [0, 1), straight-through: the gradient passes, so that alpha can come back into range."""
-        alpha = self.alpha.float()
+        alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))
         # In this order, a zero is added to the clamped value and no bit of it is lost.
         return alpha.detach().clamp(0.0, ALPHA_MAX) + (alpha - alpha.detach())
 

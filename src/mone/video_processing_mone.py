@@ -72,7 +72,8 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
     `projects/vivit`); they differ for Something-Something-v2: rate 1, size 288, crop 256.
 
     Files are decoded with PyAV ([`VideoReader`]), only where needed, each frame being resized and cropped before the
-    next one is decoded. All kinds of input go through the same steps and give the same result.
+    next one is decoded. All kinds of input go through the same steps and give the same result; floating pixels, which
+    resizing does not round, differ by at most half a grey level at each step.
 
     Args:
         do_sample_frames (`bool`, *optional*, defaults to `True`):
@@ -307,10 +308,15 @@ def _as_batch(videos) -> list:
         raise TypeError(f"videos must be a file, an array, a list of frames or a list of these, got {type(videos)}.")
     if len(videos) == 0:
         raise ValueError("videos must hold at least one video or frame, got an empty list.")
+    return [videos] if is_one_video(videos) else list(videos)
+
+
+def is_one_video(videos: list | tuple) -> bool:
+    """Whether a list holds the frames of one video and not videos."""
     # Arrays of fewer axes than a video's are frames, good ones or not.
-    if all(isinstance(frame, Image.Image) or (_is_array(frame) and frame.ndim < 4) for frame in videos):
-        return [videos]
-    return list(videos)
+    return len(videos) > 0 and all(
+        isinstance(frame, Image.Image) or (_is_array(frame) and frame.ndim < 4) for frame in videos
+    )
 
 
 def _check_frames(video, name: str, input_data_format) -> tuple[Any, bool]:

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mone.training import PAPER_GRID, CapacitySchedule
@@ -68,7 +69,7 @@ def test_the_dense_model_first_where_it_teaches():
 
 
 def test_is_dense():
-    assert is_dense(1) and is_dense(1.0) and is_dense((0.0, 0.0, 1.0))
+    assert is_dense(1) and is_dense(1.0) and is_dense(np.float32(1)) and is_dense((0.0, 0.0, 1.0))
     assert not is_dense(0.999) and not is_dense((0.0, 0.5, 0.5))
 
 

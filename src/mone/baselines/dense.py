@@ -1,12 +1,14 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """The dense model that a MoNE is compared with."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from ..configuration_mone import MoNEConfig, MoNEViViTConfig
+from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEEmbeddings, patch_grid
 from ..modeling_mone_vivit import MoNEViViTEmbeddings
 
@@ -17,11 +19,19 @@ class DenseModel(nn.Module):
     Embedding, pooling and head are those of the MoNE model, without routers; transformers has no factorised ViViT.
 
     Args:
-        config: of the MoNE model.
+        config: of the MoNE model, with mean pooling.
+
+    Raises:
+        ValueError: another pooling, or another place of the final norm than before it.
     """
 
     def __init__(self, config: MoNEConfig):
         super().__init__()
+        if (config.pooling, config.final_norm) != ("mean", "tokens"):
+            raise ValueError(
+                f"pooling={config.pooling!r} with final_norm={config.final_norm!r}: the baselines have pooling='mean' "
+                "and final_norm='tokens' only."
+            )
         self.is_video = isinstance(config, MoNEViViTConfig)
         fields = (
             "hidden_size",
@@ -56,3 +66,14 @@ class DenseModel(nn.Module):
         if self.is_video:
             return self.embeddings(pixel_values).flatten(0, 1)
         return self.embeddings(pixel_values, patch_grid(self.config, pixel_values.shape[-2:]))
+
+
+def num_patches(config: MoNEConfig) -> int:
+    """Tokens of an image."""
+    return math.prod(patch_grid(config, as_pair(config.image_size)))
+
+
+def embedding_and_head_macs(config: MoNEConfig) -> int:
+    """Multiply-accumulates of one image outside of the layers, counted as in `mone.flops`."""
+    pixels = math.prod(as_pair(config.patch_size)) * config.num_channels
+    return num_patches(config) * pixels * config.hidden_size + config.hidden_size * config.num_labels

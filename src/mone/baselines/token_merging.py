@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from ..configuration_mone import MoNEConfig, as_pair
-from .dense import DenseModel
+from ..configuration_mone import MoNEConfig
+from .dense import DenseModel, embedding_and_head_macs, num_patches
 
 
 def merge_tokens(
@@ -90,8 +90,7 @@ def merged_per_layer_for_macs(config: MoNEConfig, gmacs: float) -> int:
     Raises:
         ValueError: if no r does; the message gives the least budget that works.
     """
-    patches = _patches(config)
-    for merged in range(patches // 2 + 1):
+    for merged in range(num_patches(config) // 2 + 1):
         macs = token_merging_macs(config, merged)
         if macs <= gmacs * 1e9:
             return merged
@@ -100,8 +99,7 @@ def merged_per_layer_for_macs(config: MoNEConfig, gmacs: float) -> int:
 
 def token_merging_macs(config: MoNEConfig, merged_per_layer: int) -> int:
     """Multiply-accumulates of a [`TokenMergingModel`] on one image, counted as in `mone.flops`."""
-    d, patch, tokens = config.hidden_size, as_pair(config.patch_size), _patches(config)
-    macs = tokens * config.num_channels * patch[0] * patch[1] * d + d * config.num_labels
+    d, tokens, macs = config.hidden_size, num_patches(config), embedding_and_head_macs(config)
     for _ in range(config.num_hidden_layers):
         macs += 4 * tokens * d * d + 2 * tokens * tokens * d
         left = tokens - min(merged_per_layer, tokens // 2)
@@ -110,8 +108,3 @@ def token_merging_macs(config: MoNEConfig, merged_per_layer: int) -> int:
         tokens = left
         macs += 2 * tokens * d * config.intermediate_size
     return macs
-
-
-def _patches(config: MoNEConfig) -> int:
-    image, patch = as_pair(config.image_size), as_pair(config.patch_size)
-    return (image[0] // patch[0]) * (image[1] // patch[1])

@@ -2,6 +2,7 @@
 """Which capacities a training step runs at, and how many steps a budget of compute pays for. Pure functions."""
 
 import math
+import numbers
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class CapacitySchedule:
 
 def is_dense(capacity: Capacity) -> bool:
     """Whether a capacity stands for the dense model."""
-    return (capacity if isinstance(capacity, (int, float)) else capacity[-1]) == 1
+    return (capacity if isinstance(capacity, numbers.Real) else capacity[-1]) == 1
 
 
 def capacity_range(low: float, high: float) -> tuple[float, ...]:

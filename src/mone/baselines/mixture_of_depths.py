@@ -1,0 +1,66 @@
+# Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
+"""Mixture of Depths: tokens that a layer's router does not choose skip it (Raposo et al., arXiv 2404.02258).
+
+As MoNE's authors compare with it (section 5): every other layer takes 12.5% of the tokens, the others all of them.
+
+Axis letters: B batch, N tokens, K chosen tokens, D width.
+"""
+
+import torch
+from torch import nn
+
+from ..configuration_mone import MoNEConfig
+from .dense import DenseModel, embedding_and_head_macs, num_patches
+
+
+class MixtureOfDepthsModel(DenseModel):
+    """A dense classifier whose second, fourth, ... layer takes only the tokens that its router scores highest.
+
+    Attention there is among the chosen tokens. What the layer adds to them is multiplied by their score (Eq. 1), from
+    which the router learns.
+
+    Args:
+        config: of an image model with mean pooling.
+        share: of the tokens that these layers take, in (0, 1]; at least one token.
+    """
+
+    def __init__(self, config: MoNEConfig, share: float = 0.125):
+        super().__init__(config)
+        self.chosen = chosen_tokens(config, share)
+        self.routers = nn.ModuleList([nn.Linear(config.hidden_size, 1, bias=False) for _ in self.layers[1::2]])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> logits (B, num_labels)."""
+        tokens = self.embed(pixel_values)
+        for index, layer in enumerate(self.layers):
+            if index % 2 == 0:
+                tokens = layer(tokens)
+                continue
+            scores, chosen = self.routers[index // 2](tokens).topk(self.chosen, dim=1)  # (B, K, 1)
+            chosen = chosen.expand(-1, -1, tokens.shape[-1])
+            taken = tokens.gather(1, chosen)
+            tokens = tokens.scatter_add(1, chosen, scores * (layer(taken) - taken))
+        return self.classifier(self.layernorm(tokens).mean(1))
+
+
+def chosen_tokens(config: MoNEConfig, share: float) -> int:
+    """K, the tokens of an image that a routed layer takes.
+
+    Raises:
+        ValueError: a share outside of (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be in (0, 1].")
+    return max(1, int(share * num_patches(config) + 1e-6))
+
+
+def mixture_of_depths_macs(config: MoNEConfig, share: float = 0.125) -> int:
+    """Multiply-accumulates of a [`MixtureOfDepthsModel`] on one image, counted as in `mone.flops`."""
+    d, patches, chosen = config.hidden_size, num_patches(config), chosen_tokens(config, share)
+    macs = embedding_and_head_macs(config)
+    for index in range(config.num_hidden_layers):
+        routed = index % 2 == 1
+        tokens = chosen if routed else patches
+        macs += tokens * (4 * d * d + 2 * d * config.intermediate_size) + 2 * tokens * tokens * d
+        macs += patches * d * routed  # the router
+    return macs
