@@ -19,7 +19,7 @@ import torch
 
 from mone import MoNEConfig, MoNEViViTConfig
 from mone.benchmark import BASELINES, MODES, environment, growth, measure, routing_share
-from mone.visualization import plot_growth, plot_speed
+from mone.visualization import check_matplotlib, plot_growth, plot_speed
 
 
 def of_width(width: int) -> dict[str, int]:
@@ -66,6 +66,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--onnx_dir", type=Path, help="keep ONNX files there, to use them again; default: do not")
     parser.add_argument("--output_dir", type=Path, help="for JSON and picture; default: print only")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds} must be at least 1")
+    if args.output_dir is not None:
+        check_matplotlib()
     if args.threads:
         torch.set_num_threads(args.threads)
 

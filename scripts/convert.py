@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoVideoProcessor, BaseImageProcessor, PreTrainedModel
 
 from mone import MoNEConfig, MoNEViViTConfig, MoNEViViTForVideoClassification
@@ -36,6 +36,7 @@ from mone.conversion import (
 from mone.conversion.channel_order import check_image_model
 from mone.conversion.sources import load_config
 from mone.data.examples import UNREADABLE
+from mone.data.images import as_rgb
 from mone.training.command_line import parse_overrides
 
 
@@ -133,7 +134,7 @@ def check_destination(destination: Path, source: str, overwrite: bool) -> str | 
 
 def find_images(folder: Path) -> list[Path]:
     """The images to calibrate on, from all over the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{folder} has no images, that is files ending in {IMAGE_SUFFIXES}.")
     count = min(len(files), CALIBRATION_IMAGES)
@@ -149,7 +150,8 @@ def fit(model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path]
     for path in files:
         try:
             with Image.open(path) as image:
-                pixel_values.append(processor(image.convert("RGB"), return_tensors="pt").pixel_values)
+                image = as_rgb(ImageOps.exif_transpose(image))
+            pixel_values.append(processor(image, return_tensors="pt").pixel_values)
         except UNREADABLE as error:
             logger.warning("%s is left out, as it cannot be read: %s", path, error)
     if not pixel_values:

@@ -38,7 +38,7 @@ else:
     from mone.model_card import compute_of_clips
     from mone.training import measure_accuracy
     from mone.training.command_line import parse_arguments
-    from mone.visualization import plot_accuracy_against_compute
+    from mone.visualization import check_matplotlib, plot_accuracy_against_compute
 
     @dataclass
     class EvaluationModelArguments(VideoModelArguments, ImageModelArguments):
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
     model_args, data_args, args = parse_arguments(argv, EvaluationModelArguments, EvaluationArguments)
     if not model_args.model_name_or_path:
         raise ValueError("Give --model_name_or_path.")
+    check_matplotlib()
     model_args.init_from = data_args.train_dir = None  # of a recipe
     model_args.calibrate = False
     data_args.train_file, args.do_train, args.do_eval = [], False, True

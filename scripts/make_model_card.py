@@ -14,7 +14,7 @@ import argparse
 import json
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import mone  # noqa: F401 - registers the Auto classes
+from mone.data.images import as_rgb
 from mone.model_card import check_pictures, check_results, results_of_training, write_model_card
 from mone.visualization import draw_routed_tokens, draw_routed_video
 
@@ -70,7 +71,7 @@ def draw(args: argparse.Namespace) -> dict[str, tuple]:
     shown = f"at capacities {', '.join(f'{capacity:g}' for capacity in args.capacities)}; the rest is faded"
     if args.images:
         model = AutoModelForImageClassification.from_pretrained(args.training)
-        images = [Image.open(image).convert("RGB") for image in args.images]
+        images = [as_rgb(ImageOps.exif_transpose(Image.open(image))) for image in args.images]
         processor = AutoImageProcessor.from_pretrained(args.training)
         figure = draw_routed_tokens(model, processor, images, args.capacities)
         pictures["routed_tokens.png"] = (figure, f"Tokens that the full model took {shown}.")

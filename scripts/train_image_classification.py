@@ -42,6 +42,7 @@ from mone.training.command_line import (
     DataArguments,
     ModelArguments,
     check_classifier,
+    check_task,
     label_fields,
     make_examples,
     parse_arguments,
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def load(model_args: ImageModelArguments, data_args: ImageArguments, training_args: MoNETrainingArguments):
     """The model, its image processor and the data sets, with one set of labels."""
+    check_task(model_args, data_args, training_args)
     checkpoint, overrides = model_args.model_name_or_path, parse_overrides(model_args.config_overrides)
     if checkpoint is None and not overrides:
         raise ValueError("Give --model_name_or_path, or --config_overrides for a new model.")

@@ -37,6 +37,7 @@ from mone.training.command_line import (
     DataArguments,
     ModelArguments,
     check_classifier,
+    check_task,
     label_fields,
     make_examples,
     parse_arguments,
@@ -104,6 +105,7 @@ def clips_of_evaluation(processor: BaseVideoProcessor, data_args: VideoArguments
 
 def load(model_args: VideoModelArguments, data_args: VideoArguments, training_args: MoNETrainingArguments):
     """The model, its video processor and the data sets, with one set of labels."""
+    check_task(model_args, data_args, training_args)
     # An empty one takes back a recipe's.
     checkpoint, init_from = model_args.model_name_or_path or None, model_args.init_from or None
     overrides = parse_overrides(model_args.config_overrides, MoNEViViTConfig)

@@ -284,8 +284,8 @@ def export_onnx(
         RuntimeError: ONNX Runtime computes something else than the model.
     """
     config = model.config
-    capacity = config.capacity if capacity is None else capacity
     module = ExportForm(model, capacity, router_outputs).eval()
+    capacity = config.capacity if capacity is None else capacity
     if model.dtype != torch.float32:
         raise ValueError(f"A model in {model.dtype} cannot be exported to ONNX: call model.float() before.")
     metadata = {

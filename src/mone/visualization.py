@@ -1,7 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Pictures of what a MoNE model does: routed tokens (paper, Figs. 1 and 8) and accuracy against compute (Figs. 3, 5).
 
-matplotlib is an optional dependency: `pip install "mone[demo]"`. Figures are made without pyplot, so that they need
+matplotlib is an optional dependency. Figures are made without pyplot, so that they need
 no display, and are freed like any object.
 
 Axis letters: C channels, F frames, T temporal indices (one for each tubelet), N patch tokens of an image or temporal
@@ -432,9 +432,19 @@ def plot_growth(rows: Sequence[dict], path: str | os.PathLike | None = None) -> 
 # --- pieces of the above ---------------------------------------------------------------------------------------------
 
 
+def check_matplotlib() -> None:
+    """Raise ImportError, with what to do, where there is none: before long work whose end is a picture."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Pictures are drawn with matplotlib: pip install matplotlib") from error
+
+
 def _check_arguments(config: MoNEConfig, capacities: Sequence[float | Sequence[float]], router: int) -> None:
     if isinstance(capacities, (str, numbers.Real)) or len(capacities) == 0:
         raise ValueError(f"capacities={capacities!r} must be a sequence of at least one capacity.")
+    if not isinstance(config, MoNEConfig):
+        raise TypeError(f"The tokens of a MoNE are drawn, not of a {config.model_type!r} model, which has no experts.")
     num_routers = len(config.router_layers)
     if not -num_routers <= router < num_routers:
         raise ValueError(f"router={router} does not exist: the model has {num_routers}, numbered from 0.")
@@ -548,11 +558,10 @@ def _picture_grid(
 
 def _figure(width: float, height: float) -> "Figure":
     """An empty figure of this size in inches, with a canvas of its own: pyplot would keep it, and want a display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('mone.visualization draws with matplotlib: pip install "mone[demo]"') from error
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)  # attaches itself
     return figure

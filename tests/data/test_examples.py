@@ -2,6 +2,7 @@
 
 import logging
 
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset
@@ -90,11 +91,41 @@ def test_workers_report_what_they_could_not_read(num_workers):
 
 def test_a_data_set_that_cannot_be_read_at_all_is_an_error():
     data = LabelledExamples(split_of(40), read_unless(set(range(40))))
-    with pytest.raises(OSError, match=r"\d+.jpg is broken"):
-        data[0]
-    small = LabelledExamples(split_of(2), read_unless({0, 1}))
-    with pytest.raises(OSError, match="is broken"):
-        small[0]
+    with pytest.raises(ValueError, match=r"None of 16 examples from row 3 on can be read: 18.jpg is broken"):
+        data[3]
+    for train, count in ((True, 16), (False, 2)):
+        small = LabelledExamples(split_of(2), read_unless({0, 1}), train=train)
+        with pytest.raises(ValueError, match=f"None of {count} examples from row 0 on can be read: 1.jpg is broken"):
+            small[0]
+
+
+def test_a_damaged_folder_is_left_out_of_an_evaluation():
+    data = LabelledExamples(split_of(40), read_unless(set(range(1, 39))), train=False)
+    assert [data[i]["labels"] for i in range(40)] == [0, *[IGNORED] * 38, 39 % 3]
+
+
+@pytest.mark.parametrize("error", [PIL.Image.DecompressionBombError("too large"), RuntimeError("Failed to decode")])
+def test_whatever_a_decoder_raises_is_of_the_file(error):
+    class Split:
+        column_names = ("image", "label")
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            if index == 0:
+                raise error
+            return {"image": 5.0, "label": 1}
+
+    data = LabelledExamples(Split(), torch.tensor)
+    assert data[0] == {"pixel_values": torch.tensor(5.0), "labels": 1} and data.unreadable == [0]
+
+    def transform(value):
+        raise error
+
+    if isinstance(error, RuntimeError):  # of a transform: a mistake
+        with pytest.raises(RuntimeError, match="Failed to decode"):
+            LabelledExamples(split_of(2), transform)[0]
 
 
 def test_a_mistake_in_a_transform_is_not_hidden():

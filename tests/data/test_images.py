@@ -1,6 +1,7 @@
 """Image data sets from folders and parquet files, and their transforms."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -50,7 +51,21 @@ def test_folders(tmp_path, cache):
     # The validation folder lacks a class: its numbers must still be those of the training set.
     assert splits["validation"].features["label"].names == ["cat", "dog", "emu"]
     assert sorted(splits["validation"]["label"]) == [1, 2]
-    assert splits["validation"][0]["image"].mode == "RGB"
+    assert splits["validation"][0]["image"].mode == "L"
+    transform = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), (8, 8), train=True)
+    assert transform(splits["validation"][0]["image"]).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_grey_levels_than_bytes_hold_are_refused(train, mode):
+    """Pillow's conversion makes them black and white."""
+    levels = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    image = PILImage.fromarray(np.arange(120, dtype=levels).reshape(10, 12) * 300)
+    assert image.mode == mode
+    transform = make_image_transforms(ViTImageProcessor(size={"height": 8, "width": 8}), (8, 8), train=train)
+    with pytest.raises(ValueError, match=f"mode {mode!r}, grey levels of more than 8 bits"):
+        transform(image)
 
 
 def test_a_class_that_validation_lacks_is_named(tmp_path, cache, caplog):
@@ -70,6 +85,44 @@ def test_a_class_that_only_validation_has(tmp_path, cache):
             validation_dir=write_folder(tmp_path / "validation", ["cat", "fox"]),
             cache_dir=cache,
         )
+
+
+def test_a_class_of_one_example_may_be_held_out(tmp_path, cache):
+    folder = write_folder(tmp_path / "train", ["cat", "dog"], per_class=10)
+    for name in ("emu", "fox", "gnu"):
+        write_folder(tmp_path / "train", [name], per_class=1)
+    for seed in range(4):
+        splits = load_image_datasets(train_dir=folder, seed=seed, cache_dir=cache)
+        for split in splits.values():
+            assert split.features["label"].names == ["cat", "dog", "emu", "fox", "gnu"]
+        labels = [*splits["train"]["label"], *splits["validation"]["label"]]
+        assert sorted(labels) == [0] * 10 + [1] * 10 + [2, 3, 4]
+    for share in (1.0, 3, -0.1):
+        with pytest.raises(ValueError, match=f"validation_split={share} must be a share"):
+            load_image_datasets(train_dir=folder, validation_split=share, cache_dir=cache)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_do_not_go_together(tmp_path, cache, streaming):
+    one = write_parquet(tmp_path / "one.parquet", [0, 1, 2], ClassLabel(names=["x", "y", "z"]))
+    other = write_parquet(tmp_path / "other.parquet", [0, 1, 2], ClassLabel(names=["z", "x", "y"]))
+    empty = write_parquet(tmp_path / "empty.parquet", [], ClassLabel(names=["x", "y", "z"]))
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes((tmp_path / "one.parquet").read_bytes()[:200])
+    options = {"validation_split": 0, "cache_dir": cache, "streaming": streaming}
+    with pytest.raises(
+        ValueError, match=r"other\.parquet numbers the classes of its column 'label' otherwise than .*one"
+    ):
+        load_image_datasets(train_file=[one, other], **options)
+    with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as a parquet file"):
+        load_image_datasets(train_file=[one, str(broken)], **options)
+    with pytest.raises(ValueError, match=r"hold no rows"):
+        load_image_datasets(train_file=[empty], **options)
+    split = load_image_datasets(train_file=[empty, one], **options)["train"]
+    assert [row["label"] for row in split] == [0, 1, 2]
+    # In different sets they are renumbered.
+    splits = load_image_datasets(train_file=[one], validation_file=[other], cache_dir=cache, streaming=streaming)
+    assert [row["label"] for row in splits["validation"]] == [2, 0, 1]
 
 
 def test_held_out_split_is_reproducible(tmp_path, cache):
@@ -206,10 +259,36 @@ def test_a_folder_without_images(tmp_path, cache):
         load_image_datasets(train_dir=str(tmp_path / "empty"), cache_dir=cache)
 
 
-def test_a_row_without_a_label(tmp_path, cache):
-    file = write_parquet(tmp_path / "t.parquet", [0, None, 1], Value("int64"))
-    with pytest.raises(ValueError, match="Row 1 of the train set has no label: None"):
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, None, 1], "int64"),
+        ([0.0, math.nan, 1.0], "float32"),
+        (["a", "", "b"], "string"),
+        (["a", " ", "b"], "string"),
+    ],
+)
+def test_a_row_without_a_label(tmp_path, cache, labels, feature):
+    file = write_parquet(tmp_path / "t.parquet", labels, Value(feature))
+    with pytest.raises(ValueError, match=f"Row 1 of the train set has no label: {labels[1]!r}"):
         load_image_datasets(train_file=file, validation_split=0, cache_dir=cache)
+    with pytest.raises(ValueError, match=f"Row 1 of .*t.parquet has no label: {labels[1]!r}"):
+        load_image_datasets(train_file=file, streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_columns_of_labels(tmp_path, cache, streaming):
+    file = str(tmp_path / "two.parquet")
+    label = ClassLabel(names=["a", "b"])
+    Dataset.from_dict(
+        {"image": [picture(0), picture(1)], "label": [0, 1], "labels": [1, 0]},
+        features=Features({"image": Image(), "label": label, "labels": label}),
+    ).to_parquet(file)
+    options = {"train_file": file, "validation_split": 0, "cache_dir": cache, "streaming": streaming}
+    with pytest.raises(ValueError, match="two columns, label and labels: say which by --label_column"):
+        load_image_datasets(**options)
+    split = load_image_datasets(**options, label_column="label")["train"]
+    assert [row["label"] for row in split] == [0, 1]
 
 
 def test_several_files_patterns_and_folders(tmp_path, cache):

@@ -177,8 +177,16 @@ def test_damaged_images_are_replaced_in_training_and_not_counted_in_evaluation(t
 
 def test_only_damaged_images_are_an_error(tmp_path):
     folder = write_shards(tmp_path / "shards", damaged=set(range(24)))
-    with pytest.raises(OSError, match="cannot identify image file"):
+    with pytest.raises(ValueError, match=r"None of 16 examples in a row can be read: cannot identify image file"):
         list(stream_of(folder))
+    with pytest.raises(ValueError, match=r"None of the 24 examples of worker 0 of 1 can be read"):
+        list(stream_of(folder, train=False))
+
+
+def test_damaged_images_that_lie_together_are_left_out_of_an_evaluation(tmp_path):
+    folder = write_shards(tmp_path / "shards", damaged=set(range(20)))
+    labels = [example["labels"] for example in stream_of(folder, train=False)]
+    assert len(labels) == 24 and labels.count(IGNORED) == 20
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,8 @@ def test_kinetics(tmp_path):
         ("a.csv", "\ufefflabel;video_id\nDoing this;7\n", [("7", "Doing this")]),
         ("a.csv", "100218;Doing other things, twice\n24413;Swiping Left\n", None),
         ("a.csv", "x/1.mp4,3\nx/2.mp4,11\n", [("x/1.mp4", "3"), ("x/2.mp4", "11")]),
+        ("a.csv", 'a.mp4,"push; pull"\nb.mp4,roll\n', [("a.mp4", "push; pull"), ("b.mp4", "roll")]),
+        ("a.json", '[{"id": 1, "label": 3}]', [("1", "3")]),
         ("a.tsv", "x 1.mp4\tcat\n", [("x 1.mp4", "cat")]),
         ("a.txt", "x/my video.mp4 3\n\nx/2.mp4 11\n", [("x/my video.mp4", "3"), ("x/2.mp4", "11")]),
     ],
@@ -75,3 +77,9 @@ def test_what_cannot_be_understood_is_named(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_video_list(str(file))
     assert name in str(error.value)
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("a.mp4,caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.csv is not in UTF-8"):
+        read_video_list(str(tmp_path / "a.csv"))

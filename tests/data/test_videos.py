@@ -100,6 +100,17 @@ def test_a_list_beside_its_videos(folder, tmp_path):
     assert splits["train"][0]["video"] == {"path": str(tmp_path / "a.mp4"), "bytes": None}
 
 
+def test_a_list_names_files_elsewhere_and_of_any_suffix(tmp_path):
+    write(tmp_path / "a.mp4")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "a.mp4").rename(tmp_path / "lists" / "a.vid")
+    write(tmp_path / "b.mp4")
+    (tmp_path / "lists" / "list.csv").write_text("a.vid,x\n../b.mp4,y\n")
+    splits = load_video_datasets(train_file=str(tmp_path / "lists" / "list.csv"), validation_split=0)
+    paths = [row["video"]["path"] for row in splits["train"]]
+    assert paths == [str(tmp_path / "lists" / "a.vid"), str(tmp_path / "lists" / ".." / "b.mp4")]
+
+
 def test_a_list_of_nothing_that_exists(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\na.mp4,cat\n")
     with pytest.raises(ValueError, match=r"None of the 1 videos .*list\.csv.*a\.mp4"):

@@ -83,7 +83,7 @@ def test_a_new_model_learns_and_can_be_loaded(tmp_path, parquet):
 def test_the_named_attention_is_used(tmp_path, parquet, name, monkeypatch):
     monkeypatch.setattr(script, "train_and_evaluate", lambda model, *args: model)
     arguments = [
-        *(*parquet, "--config_overrides", TINY, "--do_eval", "--attn_implementation", name),
+        *(*parquet, "--config_overrides", TINY, "--do_train", "--attn_implementation", name),
         *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), *QUIET),
     ]
     if name == "nonsense":
@@ -297,12 +297,31 @@ def test_a_signal_to_the_whole_process_group_saves_a_checkpoint(tmp_path, parque
         (["--config_overrides", "hidden_size=36,num_attention_heads=2"], r"hidden_size=36 .* 8"),
         (["--config_overrides", "hiden_size=64"], r"'hiden_size=64'.*Did you mean hidden_size"),
         ([], "--model_name_or_path, or --config_overrides"),
+        (["--config_overrides", TINY, "--max_train_samples", "0"], "--max_train_samples 0 must be at least 1"),
+        (["--config_overrides", TINY, "--max_eval_samples", "-5"], "--max_eval_samples -5 must be at least 1"),
+        (
+            ["--config_overrides", TINY, "--max_train_samples", "7", "--dataloader_drop_last", "true"],
+            "7 training examples are less than a batch of 8, and --dataloader_drop_last",
+        ),
     ],
 )
 def test_bad_arguments_are_found_before_training(tmp_path, parquet, arguments, message):
     with pytest.raises(ValueError, match=message):
         script.main([*parquet, *arguments, "--do_train", "--output_dir", str(tmp_path), *QUIET])
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_nothing_trained_is_not_evaluated(tmp_path, parquet):
+    options = [*parquet, "--config_overrides", TINY, "--output_dir", str(tmp_path), *QUIET]
+    with pytest.raises(ValueError, match="Nothing to do: give --do_train, --do_eval or both"):
+        script.main(options)
+    with pytest.raises(ValueError, match=r"evaluates a trained model: give --model_name_or_path\.$"):
+        script.main([*options, "--do_eval"])
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "eval_results.json").write_text("of the training")
+    with pytest.raises(ValueError, match=f"The one in --output_dir: --model_name_or_path {tmp_path}"):
+        script.main([*options, "--do_eval"])
+    assert (tmp_path / "eval_results.json").read_text() == "of the training"
 
 
 def test_a_misspelt_schedule_is_refused_by_the_command_line(parquet, capsys):

@@ -82,7 +82,7 @@ def test_the_named_attention_is_used_in_space_and_time(tmp_path, clips, monkeypa
     model = script.main(
         [
             *("--validation_dir", str(clips / "validation"), "--train_dir", str(clips / "train")),
-            *("--config_overrides", TINY, "--do_eval", "--attn_implementation", "eager"),
+            *("--config_overrides", TINY, "--do_train", "--attn_implementation", "eager"),
             *("--output_dir", str(tmp_path / "out"), *NO_AUGMENTATION, *QUIET),
         ]
     )

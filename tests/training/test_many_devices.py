@@ -245,6 +245,18 @@ def test_two_processes_share_a_stream(data, tmp_path, files):
 
 
 @pytest.mark.slow
+def test_unreadable_examples_of_all_processes_are_counted(tmp_path):
+    for number, pixels in enumerate(load_digits().images[:64]):
+        (tmp_path / "train" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "train" / str(number % 2) / f"{number:02}.png"
+        PILImage.fromarray((pixels * 15.9).astype("uint8")).save(file)
+        if number % 13 == 3:
+            file.write_bytes(file.read_bytes()[:40])
+    options = ["--train_dir", str(tmp_path / "train"), "--validation_split", "0", "--num_train_epochs", "2"]
+    run("ddp.yaml", tmp_path / "out", *options, "--cache_dir", str(tmp_path / "cache"))
+    assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_unreadable"] == 5
+
+
 def test_a_checkpoint_of_one_process_goes_on_sharded(data, one_process, tmp_path):
     run(None, tmp_path, *data, "--max_steps", "3", "--save_steps", "3")
     run("fsdp2.yaml", tmp_path, *data, "--max_steps", "6", "--save_strategy", "no")

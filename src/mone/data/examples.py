@@ -1,10 +1,12 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Labelled images or videos as a PyTorch data set, and as batches of `pixel_values` and `labels`."""
 
+import contextlib
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import PIL.Image
 import torch
 from datasets import Dataset
 
@@ -12,11 +14,20 @@ from datasets import Dataset
 logger = logging.getLogger(__name__)
 
 # What reading a damaged or missing image or video raises; VideoDecodeError is a ValueError.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError)
-# So many unreadable examples in a row are no accident.
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError)
+# So many unreadable training examples in a row are no accident.
 MAX_UNREADABLE_IN_A_ROW = 16
 # The label of an unreadable example in evaluation, which losses and metrics leave out.
 IGNORED = -100
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Around decoding alone, where a RuntimeError, such as Pillow's for AVIF, is of the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"it cannot be decoded: {error}") from error
 
 
 def target(label: int | list[int], num_labels: int | None) -> int | torch.Tensor:
@@ -54,7 +65,7 @@ class LabelledExamples(torch.utils.data.Dataset):
 
     An example that cannot be read is named once in the log and skipped, so that one bad file does not end a long run:
     the next readable row takes its place, in training with its own label, in evaluation with the label -100, which is
-    not counted.
+    not counted. Sixteen in a row end a training.
 
     Args:
         split: with the column "label" and one of images or videos (`load_image_datasets`, `load_video_datasets`).
@@ -101,13 +112,16 @@ class LabelledExamples(torch.utils.data.Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict:
-        for attempt in range(MAX_UNREADABLE_IN_A_ROW):
+        limit = MAX_UNREADABLE_IN_A_ROW if self.train else len(self)
+        for attempt in range(limit):
             row = (index + attempt) % len(self)
+            if attempt and attempt < limit - 1 and self._unreadable[row]:
+                continue
             try:
                 example = self._read(row)
             except UNREADABLE as error:
-                if attempt == MAX_UNREADABLE_IN_A_ROW - 1:
-                    raise
+                if attempt == limit - 1:
+                    raise ValueError(f"None of {limit} examples from row {index} on can be read: {error}") from error
                 if not self._unreadable[row]:
                     logger.warning("Row %d is skipped, as it cannot be read: %s", row, error)
                 self._unreadable[row] = True
@@ -117,7 +131,8 @@ class LabelledExamples(torch.utils.data.Dataset):
                 return example
 
     def _read(self, index: int) -> dict:
-        row = self.split[index]
+        with decoding():
+            row = self.split[index]
         seed = seed_of(self.seed, self._epoch.item(), index)
         return {
             "pixel_values": transform_with_seed(self.transforms, row[self._column], seed),

@@ -24,21 +24,34 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
             `datasets.Image`) and a label column.
 
     Returns:
-        "train" and "validation" (those that exist), with the columns "image" and "label", a `ClassLabel` or a list of
-        them.
+        "train" and "validation" (those that exist), with the columns "image", in whatever mode, and "label", a
+        `ClassLabel` or a list of them.
 
     Raises:
         ValueError, FileNotFoundError: as [`load_labelled_datasets`].
     """
     return load_labelled_datasets(
         "image",
-        Image(mode="RGB"),
+        Image(),
         {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN},
         functools.partial(read_parquet, cache_dir=cache_dir),
         column=image_column,
         cache_dir=cache_dir,
         **source,
     )
+
+
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image in RGB.
+
+    Raises:
+        ValueError: grey levels of more than 8 bits, which Pillow would cut to 0 and 255.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"the image has mode {image.mode!r}, grey levels of more than 8 bits: scale them to 8 and save it again."
+        )
+    return image.convert("RGB")
 
 
 def make_image_transforms(
@@ -52,7 +65,9 @@ def make_image_transforms(
     randaugment_magnitude: int = 10,
     as_bytes: bool = False,
 ) -> Callable[[PIL.Image.Image], torch.Tensor]:
-    """PIL image -> (C, height, width) float tensor, or uint8 in training with `as_bytes`.
+    """PIL image of any mode -> (C, height, width) float tensor, or uint8 in training with `as_bytes`.
+
+    They raise ValueError for grey levels of more than 8 bits.
 
     Args:
         image_processor: the model's. It makes the images of an evaluation, so that these are what a pipeline sees;
@@ -71,8 +86,9 @@ def make_image_transforms(
     """
     augment = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
-        return lambda image: image_processor(images=image, return_tensors="pt").pixel_values[0]
-    steps = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=image_processor.resample, antialias=True)]
+        return lambda image: image_processor(images=as_rgb(image), return_tensors="pt").pixel_values[0]
+    crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=image_processor.resample, antialias=True)
+    steps = [as_rgb, crop]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     scale, shift = bytes_to_pixels(image_processor, 3)

@@ -8,8 +8,19 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, List, SplitDict, SplitInfo, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    SplitDict,
+    SplitInfo,
+    load_dataset,
+)
 from datasets.features.features import FeatureType
 
 
@@ -79,6 +90,8 @@ def load_labelled_datasets(
     if len(given) != 1:
         raise ValueError(f"Exactly one source of data is needed out of {', '.join(sources)}; got {given or 'none'}.")
 
+    if not 0 <= validation_split < 1:
+        raise ValueError(f"validation_split={validation_split} must be a share of the training examples, in [0, 1).")
     if streaming and (train_dir or validation_dir):
         raise ValueError("--streaming is for --dataset_name and for parquet files, not for folders of single files.")
     if dataset_name:
@@ -90,6 +103,8 @@ def load_labelled_datasets(
         for path in paths.values():
             if not Path(path).exists():
                 raise FileNotFoundError(f"{path} does not exist.")
+            if not Path(path).is_dir():
+                raise ValueError(f"{path} must be a folder that holds one folder of {name}s per class.")
         # One by one: read together, folders would share the names of all their classes, and a class that only the
         # validation set has would go unnoticed.
         splits = {
@@ -111,8 +126,10 @@ def load_labelled_datasets(
     if streaming:
         return _with_class_labels_of_streams(splits, label_names, {} if dataset_name else files, label_column)
     if "train" in splits and "validation" not in splits and validation_split > 0:
-        held_out = splits["train"].train_test_split(validation_split, seed=seed)
-        splits = {"train": held_out["train"], "validation": held_out["test"]}
+        # After the classes are known: one of few examples may be in one of the two only.
+        numbered = _with_class_labels(splits, label_names)["train"]
+        held_out = numbered.train_test_split(validation_split, seed=seed)
+        return DatasetDict(train=held_out["train"], validation=held_out["test"])
     return _with_class_labels(splits, label_names)
 
 
@@ -170,9 +187,41 @@ def find_files(paths: str | Sequence[str]) -> list[str]:
 
 
 def read_parquet(files: list[str], cache_dir: str | None, **options) -> Dataset:
-    # A file's name is no pattern.
-    escaped = [glob.escape(file) for file in files]
+    """The rows of all files, in order.
+
+    Raises:
+        ValueError: names a file that is none, or whose classes are others than the first one's; or no file has rows.
+    """
+    # A file's name is no pattern. `datasets` fails on files without rows.
+    escaped = [glob.escape(file) for file in _check_parquet(files)]
     return load_dataset("parquet", data_files=escaped, split="train", cache_dir=cache_dir, **options)
+
+
+def _check_parquet(files: list[str]) -> list[str]:
+    """Those of the files that have rows."""
+    filled, known = [], {}
+    for file in files:
+        try:
+            content = pq.ParquetFile(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file} cannot be read as a parquet file; it may be cut short: {error}") from error
+        if not content.metadata.num_rows:
+            continue
+        filled.append(file)
+        for column, feature in Features.from_arrow_schema(content.schema_arrow).items():
+            feature = feature.feature if isinstance(feature, List) else feature
+            if not isinstance(feature, ClassLabel):
+                continue
+            # `datasets` reads all of them by the first file's names.
+            first, names = known.setdefault(column, (file, feature.names))
+            if names != feature.names:
+                raise ValueError(
+                    f"{file} numbers the classes of its column {column!r} otherwise than {first}: "
+                    f"{feature.names[:5]}, ... and {names[:5]}, ... Write them with one list of classes."
+                )
+    if not filled:
+        raise ValueError(f"The parquet files hold no rows: {files[:5]}.")
+    return filled
 
 
 def _stream_parquet(files: list[str]) -> IterableDataset:
@@ -223,7 +272,10 @@ def _with_columns(
 
 
 def _default_label_column(columns: Iterable[str]) -> str:
-    return "labels" if "labels" in columns else "label"
+    found = {"label", "labels"} & set(columns)
+    if len(found) == 2:
+        raise ValueError("There are two columns, label and labels: say which by --label_column.")
+    return found.pop() if found else "label"
 
 
 def class_label(split: Split) -> ClassLabel | None:
@@ -310,9 +362,13 @@ def _names(labels: Iterable) -> list[str]:
 
 
 def is_label(label) -> bool:
-    """Whether it is one, or a list of any number of them; -1 stands for a label that is kept back."""
+    """Whether it is one, or a list of any number of them; -1 stands for a label that is kept back, NaN for none."""
     return label is not None and all(
-        part is not None and not (isinstance(part, int) and part < 0) for part in _as_list(label)
+        part is not None
+        and part == part
+        and not (isinstance(part, int) and part < 0)
+        and not (isinstance(part, str) and not part.strip())
+        for part in _as_list(label)
     )
 
 

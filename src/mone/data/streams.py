@@ -13,6 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from .examples import (
     MAX_UNREADABLE_IN_A_ROW,
     UNREADABLE,
+    decoding,
     ignored_target,
     seed_of,
     target,
@@ -137,8 +138,8 @@ class LabelledStream(torch.utils.data.IterableDataset):
                     self._unreadable += 1
                     waiting += 1
                     in_a_row += 1
-                    if in_a_row == MAX_UNREADABLE_IN_A_ROW:
-                        raise
+                    if self.train and in_a_row == MAX_UNREADABLE_IN_A_ROW:
+                        raise ValueError(f"None of {in_a_row} examples in a row can be read: {error}") from error
                     continue
                 in_a_row, last = 0, example["pixel_values"]
                 # In the place of those before it that could not be read.
@@ -149,7 +150,9 @@ class LabelledStream(torch.utils.data.IterableDataset):
                 raise ValueError(f"The stream has nothing to read for worker {worker} of {workers}.")
             if not self.train:
                 break
-        if waiting and last is not None:
+        if waiting and last is None:
+            raise ValueError(f"None of the {waiting} examples of worker {worker} of {workers} can be read.")
+        if waiting:
             yield from (self._instead({"pixel_values": last}) for _ in range(waiting))
 
     def _instead(self, example: dict) -> dict:
@@ -162,7 +165,8 @@ class LabelledStream(torch.utils.data.IterableDataset):
         content = value["bytes"] if value["bytes"] is not None else value["path"].encode()
         seed = seed_of(self.seed, self._epoch.item(), zlib.crc32(content))
         if self._decode is not None:
-            value = self._decode(value)
+            with decoding():
+                value = self._decode(value)
         return {
             "pixel_values": transform_with_seed(self.transforms, value, seed),
             "labels": target(row["label"], self.num_labels),

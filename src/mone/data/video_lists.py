@@ -3,6 +3,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 
@@ -28,7 +29,10 @@ def read_video_list(path: str) -> list[tuple[str, str]]:
         ValueError: names the file, and the row where one cannot be understood.
     """
     file = Path(path)
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8: {error}.") from error
     rows = _read_json(path, text) if file.suffix == ".json" else _read_lines(path, text)
     if not rows:
         raise ValueError(f"{path} lists no videos.")
@@ -45,7 +49,7 @@ def _read_json(path: str, text: str) -> list[tuple[str, str]]:
         label = entry.get("template", entry.get("label")) if isinstance(entry, dict) else None
         if label is None or "id" not in entry:
             raise ValueError(f'{path}, entry {number}: {entry!r:.100} must have "id" and "template" or "label".')
-        rows.append((str(entry["id"]), label.replace("[", "").replace("]", "")))
+        rows.append((str(entry["id"]), str(label).replace("[", "").replace("]", "")))
     return rows
 
 
@@ -53,7 +57,8 @@ def _read_lines(path: str, text: str) -> list[tuple[str, str]]:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return []
-    separator = next((character for character in ";\t," if character in lines[0]), " ")
+    unquoted = re.sub(r'"[^"]*"', "", lines[0])
+    separator = next((character for character in ";\t," if character in unquoted), " ")
     if separator == " ":
         table = [line.rsplit(maxsplit=1) for line in lines]
     else:

@@ -22,7 +22,10 @@ from .video_lists import read_video_list
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v")
+SUFFIXES = (
+    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v"),
+    *(".ts", ".flv", ".wmv", ".3gp", ".ogv", ".gif"),
+)
 FEATURE = Video(decode=False)
 
 
@@ -84,8 +87,8 @@ def _read_list(path: str, video_dir: str | None) -> list[tuple[str, str]]:
         # Kinetics is kept both flat and in a folder for each class.
         candidates = (os.path.normpath(name), os.path.join(label, name), os.path.join(label.replace(" ", "_"), name))
         file = next((found[candidate] for candidate in candidates if candidate in found), None)
-        if file is None and os.path.isabs(name) and os.path.isfile(name):
-            file = name
+        if file is None and os.path.isfile(root / name):  # elsewhere, or of another suffix
+            file = os.path.join(root, name)
         if file is None:
             missing.append(name)
         else:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from accelerate.utils import gather_object
 from transformers import BaseImageProcessor, BaseVideoProcessor, HfArgumentParser, PreTrainedModel
 from transformers.trainer_utils import set_seed
 
@@ -70,7 +71,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "eager, sdpa, flash_attention_2, flex_attention, ..., as Transformers has them. Default: sdpa. "
-            "With --bf16 on a CPU eager may be faster."
+            "With --bf16 --use_cpu eager may be faster."
         },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
@@ -221,22 +222,42 @@ def parse_overrides(text: str | None, config_class: type[MoNEConfig] = MoNEConfi
     return fields
 
 
+def check_task(model_args: ModelArguments, data_args: DataArguments, args: MoNETrainingArguments) -> None:
+    """Raise ValueError where there is nothing to do, or nothing trained to evaluate."""
+    if not (args.do_train or args.do_eval or data_args.measure_input):
+        raise ValueError("Nothing to do: give --do_train, --do_eval or both.")
+    if not (args.do_train or data_args.measure_input or model_args.model_name_or_path):
+        has_model = (Path(args.output_dir) / "config.json").is_file()
+        hint = f" The one in --output_dir: --model_name_or_path {args.output_dir}." if has_model else ""
+        raise ValueError(f"--do_eval without --do_train evaluates a trained model: give --model_name_or_path.{hint}")
+
+
 def prepare_splits(
     splits: dict[str, Split], data_args: DataArguments, training_args: MoNETrainingArguments
 ) -> dict[str, Split]:
     """Check that what the run needs is there, and cut it to the numbers asked for; of a stream, its first rows.
 
     Raises:
-        ValueError: names the missing split.
+        ValueError: names the missing split; or numbers that leave nothing.
     """
     for needed, name in ((training_args.do_train, "train"), (training_args.do_eval, "validation")):
         if needed and name not in splits:
             raise ValueError(f"No {name} set is given, but --do_{'train' if name == 'train' else 'eval'} needs one.")
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
-    return {
+    for option, limit in zip(("--max_train_samples", "--max_eval_samples"), limits.values(), strict=True):
+        if limit is not None and limit < 1:
+            raise ValueError(f"{option} {limit} must be at least 1.")
+    splits = {
         name: split if limits[name] is None else _first_rows(split, limits[name], data_args, training_args)
         for name, split in splits.items()
     }
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    if training_args.do_train and training_args.dataloader_drop_last and count_rows(splits["train"]) < batch:
+        raise ValueError(
+            f"{count_rows(splits['train'])} training examples are less than a batch of {batch}, and "
+            "--dataloader_drop_last leaves them out. Lower --per_device_train_batch_size."
+        )
+    return splits
 
 
 def _first_rows(split: Split, limit: int, data_args: DataArguments, training_args: MoNETrainingArguments) -> Split:
@@ -371,7 +392,7 @@ def train_and_evaluate(
         if checkpoint is not None:
             logger.info("Going on from the checkpoint %s.", checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        unreadable = data_sets["train"].num_unreadable
+        unreadable = _count_unreadable(data_sets["train"])
         if unreadable:
             result.metrics["train_unreadable"] = unreadable
             logger.warning("%d training examples could not be read and were replaced by others.", unreadable)
@@ -395,3 +416,10 @@ def train_and_evaluate(
     if args.push_to_hub:
         trainer.push_to_hub(tasks=task, tags=[task, "vision", "mone"])
     return metrics
+
+
+def _count_unreadable(examples: LabelledExamples | LabelledStream) -> int:
+    """Those of all processes."""
+    if isinstance(examples, LabelledStream):
+        return sum(gather_object([examples.num_unreadable]))
+    return len(set(gather_object(examples.unreadable)))

@@ -46,7 +46,7 @@ def describe_last_checkpoint(folder: str | os.PathLike) -> str:
     """What a message about a run that ended early says of going on."""
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
-        return f"There is no checkpoint in {folder}: a new run starts from the beginning."
+        return f"There is no checkpoint in {folder} yet, so that it would start from the beginning."
     return f"The last complete checkpoint is {checkpoint}."
 
 
