@@ -277,6 +277,18 @@ def test_the_environment_is_named():
     assert facts["machine"]
 
 
+def test_what_cannot_end_well_does_not_begin(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "measure", lambda *args, **kwargs: pytest.fail("it had begun"))
+    with pytest.raises(SystemExit):
+        script.main(["--rounds", "0"])
+    assert "--rounds 0 must be at least 1" in capsys.readouterr().err
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        script.main(["--output_dir", str(tmp_path)])
+
+
 def test_the_script_prints_and_writes(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(script.MODELS, "vit_tiny", image_config())
     options = ["--modes", "eager", "prepared", "--rounds", "2", "--capacities", "0.4", "1", "--batch_sizes", "1", "2"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import randomise_
-from transformers import ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import mone.export as export
 from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig, MoNEViViTForVideoClassification
@@ -305,6 +305,10 @@ def test_a_dense_model_goes_the_same_way(tmp_path):
 # --- refusals and failures ------------------------------------------------------------------------------------------
 
 
+def make_vit():
+    return ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "capacity", "error", "message"),
     [
@@ -316,12 +320,13 @@ def test_a_dense_model_goes_the_same_way(tmp_path):
         ),
         (lambda: image_model(router_type="random"), 0.4, ValueError, "router_type='random' draws"),
         (lambda: image_model().train(), 0.4, ValueError, "training mode"),
-        (lambda: image_model().mone, 0.4, TypeError, "MoNEModel has no classifier"),
+        (lambda: image_model().mone, 0.4, TypeError, "MoNEModel is no MoNE with a classifier"),
+        (make_vit, None, TypeError, "ViTForImageClassification is no MoNE with a classifier"),
         (image_model, 1.2, ValueError, r"capacity=1\.2 is out of range. Allowed"),
         (image_model, (0.5, 0.6, 0, 0), ValueError, "sums to 1.1"),
         (lambda: hooked(image_model()), 0.4, ValueError, r"layers\.1\.mlp\.fc2 has hooks"),
     ],
-    ids=["argmax", "random", "training", "no classifier", "capacity", "shares", "hooks"],
+    ids=["argmax", "random", "training", "no classifier", "no MoNE", "capacity", "shares", "hooks"],
 )
 def test_refused_before_any_work(tmp_path, make, capacity, error, message):
     model = make()

@@ -57,7 +57,9 @@ class ExportForm(nn.Module):
         super().__init__()
         config = model.config
         if not isinstance(model, ClassifierMixin):
-            raise TypeError(f"{type(model).__name__} has no classifier: export a MoNE...For...Classification.")
+            raise TypeError(
+                f"{type(model).__name__} is no MoNE with a classifier: export a MoNE...For...Classification."
+            )
         if config.router_type != "learned":
             reason = {
                 "random": "draws its scores anew at each call",

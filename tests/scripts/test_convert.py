@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -297,6 +297,13 @@ def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog):
     convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     assert "cut.png is left out, as it cannot be read" in caplog.text and "whole.png" not in caplog.text
     (photos / "cut.png").unlink()
+    # Grey levels that 8 bits do not hold are left out, hidden files are none, a camera's orientation is followed.
+    Image.fromarray(np.full((40, 40), 30_000, dtype=np.uint16)).save(photos / "grey16.png")
+    (photos / "._whole.png").touch()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    Image.open(photos / "whole.png").transpose(Image.Transpose.ROTATE_90).save(photos / "whole.png", exif=exif)
     convert.main([str(dinov2), str(tmp_path / "n"), "--calibrate", str(photos)])
+    assert "grey16.png is left out, as it cannot be read" in caplog.text and "_whole" not in caplog.text
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "mn")
     assert all(torch.equal(first[key], second[key]) for key in first)
