@@ -37,6 +37,7 @@ from mone.conversion.channel_order import check_image_model
 from mone.conversion.sources import load_config
 from mone.data.examples import UNREADABLE
 from mone.data.images import as_rgb
+from mone.data.sources import visible_files
 from mone.training.command_line import parse_overrides
 
 
@@ -134,7 +135,7 @@ def check_destination(destination: Path, source: str, overwrite: bool) -> str | 
 
 def find_images(folder: Path) -> list[Path]:
     """The images to calibrate on, from all over the folder."""
-    files = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [Path(file) for file in visible_files(folder, IMAGE_SUFFIXES)]
     if not files:
         raise ValueError(f"{folder} has no images, that is files ending in {IMAGE_SUFFIXES}.")
     count = min(len(files), CALIBRATION_IMAGES)

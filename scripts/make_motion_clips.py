@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from mone.data.sources import visible_files
 from mone.video_encoding import write_video
 
 
@@ -121,7 +122,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 def find_photographs(path: Path, column: str | None = None) -> dict[str, Path | bytes]:
     """Name -> file or encoded bytes of the images in a folder or a parquet file, one of each set of equal ones."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = [Path(file) for file in visible_files(path, SUFFIXES)]
         of_length = defaultdict(list)
         for file in files:
             of_length[file.stat().st_size].append(file)

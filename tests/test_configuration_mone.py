@@ -117,10 +117,13 @@ def test_whatever_a_call_takes_the_config_takes_and_saves(tmp_path, capacity, pl
     assert config.capacity == plain and type(config.capacity) is type(plain)
     config.save_pretrained(tmp_path)
     assert MoNEConfig.from_pretrained(tmp_path).resolve_capacity() == config.resolve_capacity(capacity)
-    config = MoNEConfig()
-    config.capacity = capacity
-    config.save_pretrained(tmp_path)
-    assert MoNEConfig.from_pretrained(tmp_path).resolve_capacity() == config.resolve_capacity(capacity)
+    changed = MoNEConfig()
+    changed.capacity = capacity
+    assert changed == MoNEConfig(capacity=plain) and repr(changed) == repr(MoNEConfig(capacity=plain))
+    for wrong in (True, "0.4", None, [True] * 4, np.array(0.4)):
+        changed.capacity = wrong
+        with pytest.raises(ValueError, match=r"capacity=.*Allowed"):
+            changed.resolve_capacity()
 
 
 def test_resolve_capacity_uses_the_configs_eq_3():

@@ -316,7 +316,6 @@ def test_a_file_that_is_no_video(pipe, tmp_path, name, content, message):
 MEMORY = """
 import resource, sys
 import torch
-from PIL import Image
 from transformers import pipeline
 from mone import MoNEViViTConfig, MoNEViViTForVideoClassification, MoNEViViTVideoProcessor
 config = MoNEViViTConfig(hidden_size=16, num_hidden_layers=1, num_temporal_layers=1, num_attention_heads=2,

@@ -53,7 +53,8 @@ from .training.schedules import CapacitySchedule, paper_grid
 # How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, as one
 # CUDA graph, or in ONNX Runtime, in float32 or in int8.
 MODES = ("eager", "prepared", "compiled", "graphed", "onnx", "onnx_int8")
-# What else may be timed beside: timm's dense ViT, and token merging with as many multiply-accumulates as each MoNE.
+# What else may be timed beside: timm's dense ViT, token merging with as many multiply-accumulates as each MoNE, and
+# Mixture of Depths as the paper compares with it.
 BASELINES = ("timm", "token_merging", "mixture_of_depths")
 
 
@@ -160,8 +161,9 @@ def measure(
         mode "compiled": what the first call took longer.
 
     Raises:
-        ValueError: for an unknown mode or baseline, a capacity that is not allowed, training in another mode than
-            eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or in another dtype than float32.
+        ValueError: for an unknown mode or baseline, another pooling, a capacity that is not allowed, training in
+            another mode than eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or in another
+            dtype than float32.
     """
     if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
         raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")

@@ -183,14 +183,14 @@ def resolve_capacity(
     return tuple(share / total for share in shares)
 
 
-def as_plain(capacity: float | Sequence[float]) -> float | list[float] | tuple[float, ...]:
-    """An allowed capacity in Python's own numbers, which JSON can hold; those it has already stay as they are."""
-    if isinstance(capacity, tuple):
-        return tuple(map(as_plain, capacity))
+def as_plain(capacity: object) -> object:
+    """A capacity in Python's own numbers, which JSON can hold; they, and what is no capacity, stay as they are."""
+    if isinstance(capacity, np.ndarray) and capacity.ndim == 1:
+        capacity = list(capacity)
+    if isinstance(capacity, (list, tuple)):
+        return type(capacity)(map(as_plain, capacity))
     number = as_number(capacity)
-    if number is None:
-        return list(map(as_plain, capacity))
-    return capacity if type(capacity) in (int, float) else number
+    return capacity if number is None or type(capacity) in (int, float) else number
 
 
 def tokens_per_expert(shares: Sequence[float], num_tokens: int) -> tuple[int, ...]:

@@ -179,7 +179,7 @@ class CheckpointMixin:
 
 
 # What reads a checkpoint, by name, as other versions of transformers may lack one, and what it calls the file.
-_FILES = {"load": "f", "_load_pretrained_model": "file", "get_checkpoint_shard_files": "index_filename"}
+_FILES = {"_load_pretrained_model": "file", "get_checkpoint_shard_files": "index_filename"}
 
 
 def describe_damage(source: str | os.PathLike, error: Exception) -> str | None:
@@ -187,8 +187,8 @@ def describe_damage(source: str | os.PathLike, error: Exception) -> str | None:
     # The readers name no file, and torch's raises almost anything (RuntimeError, EOFError, a bare "Invalid argument").
     # Only the calls that its errors come from tell them from others, such as a lack of memory.
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    files = [frame.f_locals.get(_FILES.get(frame.f_code.co_name)) for frame in frames]
-    of_torch = any(frame.f_code is torch.load.__code__ for frame in frames)
+    of_torch = [frame.f_locals.get("f") for frame in frames if frame.f_code is torch.load.__code__]
+    files = [frame.f_locals.get(_FILES.get(frame.f_code.co_name)) for frame in frames] + of_torch
     if not of_torch and not isinstance(error, (SafetensorError, json.JSONDecodeError)):
         return None
     file = next(filter(None, reversed(files)), "a file")

@@ -126,6 +126,9 @@ class MoNEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check()
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, as_plain(value) if name == "capacity" else value)
+
     def check(self) -> None:
         """Raise ValueError for fields that do not fit together.
 
@@ -198,7 +201,6 @@ class MoNEConfig(PreTrainedConfig):
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"router_type={self.router_type!r} must be one of {ROUTER_TYPES}.")
         self.resolve_capacity()
-        self.capacity = as_plain(self.capacity)
 
     def resolve_capacity(self, capacity=None) -> tuple[float, ...]:
         """The capacity distribution, smallest expert first, of a call's `capacity` (`None`: the config's own).

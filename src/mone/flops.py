@@ -71,7 +71,7 @@ def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None 
 def _num_patches(config: MoNEConfig, image_size: int | tuple[int, int] | None) -> int:
     image, patch = as_pair(config.image_size if image_size is None else image_size), as_pair(config.patch_size)
     if any(pixels < step or pixels % step for pixels, step in zip(image, patch, strict=True)):
-        raise ValueError(f"image_size={image_size} must be a positive multiple of patch_size={config.patch_size}.")
+        raise ValueError(f"image_size={image} must be a positive multiple of patch_size={config.patch_size}.")
     return (image[0] // patch[0]) * (image[1] // patch[1])
 
 

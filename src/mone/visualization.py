@@ -1,8 +1,8 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Pictures of what a MoNE model does: routed tokens (paper, Figs. 1 and 8) and accuracy against compute (Figs. 3, 5).
 
-matplotlib is an optional dependency. Figures are made without pyplot, so that they need
-no display, and are freed like any object.
+matplotlib is an optional dependency. Figures are made without pyplot, so that they need no display, and are freed like
+any object.
 
 Axis letters: C channels, F frames, T temporal indices (one for each tubelet), N patch tokens of an image or temporal
 index, E experts (0 = smallest). A grid is (rows, columns) of patches.

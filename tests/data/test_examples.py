@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 
 from mone.data import IGNORED, LabelledExamples, collate_examples
+from mone.data.examples import decoding
 
 
 def split_of(count: int, **columns) -> Dataset:
@@ -93,15 +94,34 @@ def test_a_data_set_that_cannot_be_read_at_all_is_an_error():
     data = LabelledExamples(split_of(40), read_unless(set(range(40))))
     with pytest.raises(ValueError, match=r"None of 16 examples from row 3 on can be read: 18.jpg is broken"):
         data[3]
-    for train, count in ((True, 16), (False, 2)):
+    for train in (True, False):
         small = LabelledExamples(split_of(2), read_unless({0, 1}), train=train)
-        with pytest.raises(ValueError, match=f"None of {count} examples from row 0 on can be read: 1.jpg is broken"):
+        with pytest.raises(ValueError, match="None of 2 examples from row 0 on can be read: 1.jpg is broken"):
             small[0]
+
+
+def test_the_place_of_an_unreadable_example_is_taken_by_one_that_was_read():
+    read = []
+
+    def transform(value):
+        read.append(value)
+        return read_unless(set(range(10, 40)))(value)
+
+    data = LabelledExamples(split_of(40), transform, train=False)
+    for index in (0, *range(10, 40)):
+        data[index]
+    assert len(read) == 1 + 2 * 30, "each is tried once, and the stand-in read once"
 
 
 def test_a_damaged_folder_is_left_out_of_an_evaluation():
     data = LabelledExamples(split_of(40), read_unless(set(range(1, 39))), train=False)
     assert [data[i]["labels"] for i in range(40)] == [0, *[IGNORED] * 38, 39 % 3]
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, RecursionError])
+def test_a_mistake_where_examples_are_decoded_is_not_hidden(error):
+    with pytest.raises(error), decoding():
+        raise error
 
 
 @pytest.mark.parametrize("error", [PIL.Image.DecompressionBombError("too large"), RuntimeError("Failed to decode")])

@@ -110,9 +110,7 @@ def test_files_that_do_not_go_together(tmp_path, cache, streaming):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes((tmp_path / "one.parquet").read_bytes()[:200])
     options = {"validation_split": 0, "cache_dir": cache, "streaming": streaming}
-    with pytest.raises(
-        ValueError, match=r"other\.parquet numbers the classes of its column 'label' otherwise than .*one"
-    ):
+    with pytest.raises(ValueError, match=r"other\.parquet numbers its classes otherwise than .*one"):
         load_image_datasets(train_file=[one, other], **options)
     with pytest.raises(ValueError, match=r"broken\.parquet cannot be read as a parquet file"):
         load_image_datasets(train_file=[one, str(broken)], **options)
@@ -123,6 +121,20 @@ def test_files_that_do_not_go_together(tmp_path, cache, streaming):
     # In different sets they are renumbered.
     splits = load_image_datasets(train_file=[one], validation_file=[other], cache_dir=cache, streaming=streaming)
     assert [row["label"] for row in splits["validation"]] == [2, 0, 1]
+
+
+def test_classes_of_other_columns_may_differ(tmp_path, cache):
+    files = []
+    for number, names in enumerate((["a", "b"], ["b", "a", "c"])):
+        features = Features(
+            {"image": Image(), "label": ClassLabel(names=["x", "y"]), "source": ClassLabel(names=names)}
+        )
+        rows = {"image": [picture(0), picture(1)], "label": [0, 1], "source": [0, 1]}
+        files.append(str(tmp_path / f"{number}.parquet"))
+        Dataset.from_dict(rows, features=features).to_parquet(files[-1])
+    assert list(load_image_datasets(train_file=files, validation_split=0, cache_dir=cache)["train"]["label"]) == [
+        *(0, 1, 0, 1),
+    ]
 
 
 def test_held_out_split_is_reproducible(tmp_path, cache):
@@ -264,6 +276,7 @@ def test_a_folder_without_images(tmp_path, cache):
     [
         ([0, None, 1], "int64"),
         ([0.0, math.nan, 1.0], "float32"),
+        ([0.0, -1.0, 1.0], "float32"),
         (["a", "", "b"], "string"),
         (["a", " ", "b"], "string"),
     ],

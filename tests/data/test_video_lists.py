@@ -48,6 +48,7 @@ def test_kinetics(tmp_path):
         ("a.csv", 'a.mp4,"push; pull"\nb.mp4,roll\n', [("a.mp4", "push; pull"), ("b.mp4", "roll")]),
         ("a.json", '[{"id": 1, "label": 3}]', [("1", "3")]),
         ("a.tsv", "x 1.mp4\tcat\n", [("x 1.mp4", "cat")]),
+        ("a.txt", '"a, b.mp4" 3\n', [("a, b.mp4", "3")]),
         ("a.txt", "x/my video.mp4 3\n\nx/2.mp4 11\n", [("x/my video.mp4", "3"), ("x/2.mp4", "11")]),
     ],
 )

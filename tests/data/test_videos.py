@@ -111,6 +111,15 @@ def test_a_list_names_files_elsewhere_and_of_any_suffix(tmp_path):
     assert paths == [str(tmp_path / "lists" / "a.vid"), str(tmp_path / "lists" / ".." / "b.mp4")]
 
 
+def test_a_list_without_suffixes_names_videos_and_no_previews(tmp_path):
+    for number in range(20):
+        write(tmp_path / f"{number}.mp4")
+        (tmp_path / f"{number}.gif").touch()
+    (tmp_path / "list.csv").write_text("".join(f"{number},x\n" for number in range(20)))
+    splits = load_video_datasets(train_file=str(tmp_path / "list.csv"), validation_split=0)
+    assert all(row["video"]["path"].endswith(".mp4") for row in splits["train"])
+
+
 def test_a_list_of_nothing_that_exists(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\na.mp4,cat\n")
     with pytest.raises(ValueError, match=r"None of the 1 videos .*list\.csv.*a\.mp4"):

@@ -244,7 +244,6 @@ def test_two_processes_share_a_stream(data, tmp_path, files):
         assert all(torch.equal(own[name], value) for name, value in saved.items())
 
 
-@pytest.mark.slow
 def test_unreadable_examples_of_all_processes_are_counted(tmp_path):
     for number, pixels in enumerate(load_digits().images[:64]):
         (tmp_path / "train" / str(number % 2)).mkdir(parents=True, exist_ok=True)
@@ -257,6 +256,7 @@ def test_unreadable_examples_of_all_processes_are_counted(tmp_path):
     assert json.loads((tmp_path / "out" / "train_results.json").read_text())["train_unreadable"] == 5
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_goes_on_sharded(data, one_process, tmp_path):
     run(None, tmp_path, *data, "--max_steps", "3", "--save_steps", "3")
     run("fsdp2.yaml", tmp_path, *data, "--max_steps", "6", "--save_strategy", "no")

@@ -22,7 +22,7 @@ class DenseModel(nn.Module):
         config: of the MoNE model, with mean pooling.
 
     Raises:
-        ValueError: another pooling, or another place of the final norm than before it.
+        ValueError: `pooling` other than "mean", or `final_norm` other than "tokens".
     """
 
     def __init__(self, config: MoNEConfig):

@@ -2,6 +2,7 @@
 """Labelled images or videos as a PyTorch data set, and as batches of `pixel_values` and `labels`."""
 
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ def decoding() -> Iterator[None]:
     """Around decoding alone, where a RuntimeError, such as Pillow's for AVIF, is of the file."""
     try:
         yield
+    except (NotImplementedError, RecursionError):  # mistakes
+        raise
     except RuntimeError as error:
         raise OSError(f"it cannot be decoded: {error}") from error
 
@@ -94,6 +97,7 @@ class LabelledExamples(torch.utils.data.Dataset):
         # In shared memory: persistent workers keep the data set that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(split), dtype=torch.bool).share_memory_()
+        self._readable = torch.full((), -1).share_memory_()  # one that could be read
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer at the start of each epoch."""
@@ -112,23 +116,26 @@ class LabelledExamples(torch.utils.data.Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict:
-        limit = MAX_UNREADABLE_IN_A_ROW if self.train else len(self)
-        for attempt in range(limit):
-            row = (index + attempt) % len(self)
-            if attempt and attempt < limit - 1 and self._unreadable[row]:
+        limit = min(MAX_UNREADABLE_IN_A_ROW, len(self)) if self.train else len(self)
+        others = ((index + attempt) % len(self) for attempt in range(1, limit))
+        if not self.train and self._readable >= 0:  # whose values do not count
+            others = itertools.chain([self._readable.item()], others)
+        for row in itertools.chain([index], others):
+            if row != index and self._unreadable[row]:
                 continue
             try:
                 example = self._read(row)
             except UNREADABLE as error:
-                if attempt == limit - 1:
-                    raise ValueError(f"None of {limit} examples from row {index} on can be read: {error}") from error
+                failure = error
                 if not self._unreadable[row]:
                     logger.warning("Row %d is skipped, as it cannot be read: %s", row, error)
                 self._unreadable[row] = True
             else:
-                if attempt and not self.train:
+                self._readable.fill_(row)
+                if row != index and not self.train:
                     example["labels"] = ignored_target(self.num_labels)
                 return example
+        raise ValueError(f"None of {limit} examples from row {index} on can be read: {failure}") from failure
 
     def _read(self, index: int) -> dict:
         with decoding():

@@ -70,7 +70,8 @@ def make_image_transforms(
     They raise ValueError for grey levels of more than 8 bits.
 
     Args:
-        image_processor: the model's. It makes the images of an evaluation, so that these are what a pipeline sees;
+        image_processor: the model's. It makes the images of an evaluation, so that these are what a pipeline sees
+            (which, as Transformers' do, takes grey levels of more than 8 bits for black and white);
             training takes its resampling and normalisation.
         size: (height, width) in pixels of training images.
         train: random resized crop and flip, the "inception crop" of AugReg.

@@ -33,7 +33,7 @@ def load_labelled_datasets(
     name: str,
     feature: FeatureType,
     suffixes: Iterable[str],
-    read_files: Callable[[list[str]], Dataset],
+    read_files: Callable[[list[str], str | None], Dataset],
     *,
     column: str | None = None,
     label_column: str | None = None,
@@ -56,7 +56,7 @@ def load_labelled_datasets(
         name: what the column of examples is called in the result, "image" or "video".
         feature: its type in the result.
         suffixes: of the files in `train_dir` and `validation_dir` that are examples, in lower case, with the dot.
-        read_files: paths -> rows, for `train_file` and `validation_file`.
+        read_files: paths and `label_column` -> rows, for `train_file` and `validation_file`.
         column, label_column: their names in the source; by default the only column of `feature`'s type, else `name`,
             and "label" or "labels".
         dataset_name, dataset_config_name: a data set on the Hub.
@@ -114,7 +114,7 @@ def load_labelled_datasets(
         paths = {"train": train_file, "validation": validation_file}
         files = {split: find_files(path) for split, path in paths.items() if path}
         read = _stream_parquet if streaming else read_files
-        splits = {split: read(paths) for split, paths in files.items()}
+        splits = {split: read(paths, label_column) for split, paths in files.items()}
 
     if streaming:  # images are decoded where one that cannot be is passed over
         feature = dataclasses.replace(feature, decode=False)
@@ -140,13 +140,9 @@ def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[st
     for folder in sorted(Path(path).iterdir()):
         if not folder.is_dir() or folder.name.startswith("."):
             continue
-        count = len(rows)
-        for parent, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
-            for file in sorted(files):
-                if not file.startswith(".") and os.path.splitext(file)[1].lower() in suffixes:
-                    rows.append((os.path.join(parent, file), folder.name))
-        if len(rows) == count:
+        files = visible_files(folder, suffixes)
+        rows += [(file, folder.name) for file in files]
+        if not files:
             empty.append(folder.name)
     if not rows:
         raise ValueError(
@@ -156,6 +152,17 @@ def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[st
     if empty:
         logger.warning("%s: the folders %s hold no %ss, which makes no classes of them.", path, ", ".join(empty), name)
     return rows
+
+
+def visible_files(folder: str | Path, suffixes: Iterable[str]) -> list[str]:
+    """Files of these suffixes, in lower case and with the dot, at any depth; no hidden ones, nor in hidden folders."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+        for file in sorted(files):
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in suffixes:
+                found.append(os.path.join(parent, file))
+    return found
 
 
 def make_dataset(rows: list[tuple[str, str]], name: str, feature: FeatureType) -> Dataset:
@@ -186,20 +193,20 @@ def find_files(paths: str | Sequence[str]) -> list[str]:
     return found
 
 
-def read_parquet(files: list[str], cache_dir: str | None, **options) -> Dataset:
+def read_parquet(files: list[str], label_column: str | None, cache_dir: str | None, **options) -> Dataset:
     """The rows of all files, in order.
 
     Raises:
         ValueError: names a file that is none, or whose classes are others than the first one's; or no file has rows.
     """
     # A file's name is no pattern. `datasets` fails on files without rows.
-    escaped = [glob.escape(file) for file in _check_parquet(files)]
+    escaped = [glob.escape(file) for file in _check_parquet(files, label_column)]
     return load_dataset("parquet", data_files=escaped, split="train", cache_dir=cache_dir, **options)
 
 
-def _check_parquet(files: list[str]) -> list[str]:
+def _check_parquet(files: list[str], label_column: str | None) -> list[str]:
     """Those of the files that have rows."""
-    filled, known = [], {}
+    filled, first = [], None
     for file in files:
         try:
             content = pq.ParquetFile(file)
@@ -208,27 +215,26 @@ def _check_parquet(files: list[str]) -> list[str]:
         if not content.metadata.num_rows:
             continue
         filled.append(file)
-        for column, feature in Features.from_arrow_schema(content.schema_arrow).items():
-            feature = feature.feature if isinstance(feature, List) else feature
-            if not isinstance(feature, ClassLabel):
-                continue
-            # `datasets` reads all of them by the first file's names.
-            first, names = known.setdefault(column, (file, feature.names))
-            if names != feature.names:
+        features = Features.from_arrow_schema(content.schema_arrow)
+        feature = features.get(label_column or _default_label_column(features))
+        feature = feature.feature if isinstance(feature, List) else feature
+        if isinstance(feature, ClassLabel):
+            first = first or (file, feature.names)
+            if feature.names != first[1]:  # by which `datasets` reads all of them
                 raise ValueError(
-                    f"{file} numbers the classes of its column {column!r} otherwise than {first}: "
-                    f"{feature.names[:5]}, ... and {names[:5]}, ... Write them with one list of classes."
+                    f"{file} numbers its classes otherwise than {first[0]}: {feature.names[:5]}, ... and "
+                    f"{first[1][:5]}, ... Write them with one list of classes."
                 )
     if not filled:
         raise ValueError(f"The parquet files hold no rows: {files[:5]}.")
     return filled
 
 
-def _stream_parquet(files: list[str]) -> IterableDataset:
+def _stream_parquet(files: list[str], label_column: str | None) -> IterableDataset:
     other = [file for file in files if not file.endswith(".parquet")]
     if other:
         raise ValueError(f"--streaming reads parquet files only, not {other[0]}.")
-    stream = read_parquet(files, None, streaming=True)
+    stream = read_parquet(files, label_column, None, streaming=True)
     return with_count(stream, sum(pq.read_metadata(file).num_rows for file in files))
 
 
@@ -366,7 +372,7 @@ def is_label(label) -> bool:
     return label is not None and all(
         part is not None
         and part == part
-        and not (isinstance(part, int) and part < 0)
+        and not (isinstance(part, (int, float)) and part < 0)
         and not (isinstance(part, str) and not part.strip())
         for part in _as_list(label)
     )

@@ -150,9 +150,9 @@ class LabelledStream(torch.utils.data.IterableDataset):
                 raise ValueError(f"The stream has nothing to read for worker {worker} of {workers}.")
             if not self.train:
                 break
-        if waiting and last is None:
-            raise ValueError(f"None of the {waiting} examples of worker {worker} of {workers} can be read.")
-        if waiting:
+        if waiting and last is None and workers == 1:
+            raise ValueError(f"None of the {waiting} examples can be read.")
+        if waiting and last is not None:  # else other workers have examples
             yield from (self._instead({"pixel_values": last}) for _ in range(waiting))
 
     def _instead(self, example: dict) -> dict:

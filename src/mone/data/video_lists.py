@@ -60,7 +60,7 @@ def _read_lines(path: str, text: str) -> list[tuple[str, str]]:
     unquoted = re.sub(r'"[^"]*"', "", lines[0])
     separator = next((character for character in ";\t," if character in unquoted), " ")
     if separator == " ":
-        table = [line.rsplit(maxsplit=1) for line in lines]
+        table = [[part.strip('"') for part in line.rsplit(maxsplit=1)] for line in lines]
     else:
         table = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
     header = {name.strip().lower(): column for column, name in enumerate(table[0])}

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (
     *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".mpg", ".mpeg", ".m4v"),
-    *(".ts", ".flv", ".wmv", ".3gp", ".ogv", ".gif"),
+    *(".ts", ".flv", ".wmv", ".3gp", ".ogv"),  # not .gif, which is a preview beside a video more often than one
 )
 FEATURE = Video(decode=False)
 
@@ -34,7 +34,8 @@ def load_video_datasets(
 ) -> DatasetDict:
     """Load one source of labelled videos: a data set on the Hub, folders (one per class) or files that list them.
 
-    Listed videos that do not exist, as is common with Kinetics, are counted in the log and left out.
+    Listed videos that do not exist, as is common with Kinetics, are counted in the log and left out. What a list names
+    with its suffix may have any.
 
     Args:
         video_column: by default the only column of videos.
@@ -61,9 +62,9 @@ def load_video_datasets(
     )
 
 
-def _read_files(paths: list[str], video_dir: str | None, cache_dir: str | None) -> Dataset:
+def _read_files(paths: list[str], label_column: str | None, video_dir: str | None, cache_dir: str | None) -> Dataset:
     if all(path.endswith(".parquet") for path in paths):
-        return read_parquet(paths, cache_dir)
+        return read_parquet(paths, label_column, cache_dir)
     rows = [row for path in paths for row in _read_list(path, video_dir)]
     return make_dataset(rows, "video", FEATURE)
 
@@ -76,7 +77,7 @@ def _read_list(path: str, video_dir: str | None) -> list[tuple[str, str]]:
     # One walk instead of a question for each of what may be 240,000 files.
     found = {}
     for folder, _, names in os.walk(root, followlinks=True):
-        for name in names:
+        for name in sorted(names):
             if name.lower().endswith(SUFFIXES):
                 file = os.path.join(folder, name)
                 relative = os.path.relpath(file, root)

@@ -252,10 +252,11 @@ def prepare_splits(
         for name, split in splits.items()
     }
     batch = training_args.per_device_train_batch_size * training_args.world_size
-    if training_args.do_train and training_args.dataloader_drop_last and count_rows(splits["train"]) < batch:
+    drops = training_args.do_train and training_args.dataloader_drop_last and not data_args.streaming
+    if drops and len(splits["train"]) < batch:
         raise ValueError(
-            f"{count_rows(splits['train'])} training examples are less than a batch of {batch}, and "
-            "--dataloader_drop_last leaves them out. Lower --per_device_train_batch_size."
+            f"{len(splits['train'])} training examples are less than a batch of {batch}, and --dataloader_drop_last "
+            "leaves them out. Lower --per_device_train_batch_size."
         )
     return splits
 

@@ -46,7 +46,7 @@ def describe_last_checkpoint(folder: str | os.PathLike) -> str:
     """What a message about a run that ended early says of going on."""
     checkpoint = last_complete_checkpoint(folder)
     if checkpoint is None:
-        return f"There is no checkpoint in {folder} yet, so that it would start from the beginning."
+        return f"There is no checkpoint in {folder} yet: a new run starts from the beginning."
     return f"The last complete checkpoint is {checkpoint}."
 
 
@@ -93,7 +93,7 @@ def writing_checkpoint(folder: str | os.PathLike, is_main_process: bool) -> Iter
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
             f"The checkpoint {folder} could not be written: {error}.{space} {describe_last_checkpoint(parent)} "
-            "Start the same command again to go on from it."
+            "Then start the same command again."
         ) from error
 
 

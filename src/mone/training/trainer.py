@@ -294,7 +294,7 @@ class MoNETrainer(Trainer):
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
                 f"Training was stopped by {str(error) or 'Ctrl-C'} at step {self.state.global_step}. "
-                f"{describe_last_checkpoint(self.args.output_dir)} Start the same command again to go on from it."
+                f"{describe_last_checkpoint(self.args.output_dir)} Start the same command again to go on."
             ) from None
         return output
 
