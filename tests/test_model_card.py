@@ -97,6 +97,12 @@ def test_table_of_one_model_compares_with_its_full_capacity():
     assert "| 0.25 | 500.0 |  | 81.2% |" in make_model_card("tiny", without).text, "nothing to compare with"
 
 
+def test_predictions_of_classes_that_are_never_true_are_shown():
+    confusion = {"capacity": 0.25, "counts": {"cat": {"cat": 3, "fox": 7}, "dog": {"dog": 1}}}
+    card = str(make_model_card("tiny", {**EVERYTHING, "confusion": confusion}))
+    assert "|  | cat | dog | fox |" in card and "| cat | 3 |  | 7 |\n| dog |  | 1 |  |" in card
+
+
 class TestMetadata:
     def test_the_hub_s_tools_read_back_every_result(self, tmp_path):
         card = make_model_card("tiny", EVERYTHING)
@@ -270,6 +276,15 @@ class TestResultsOfTraining:
             "epochs": 3.0,
             "train_minutes": 1.2,
         }
+        measured = {"eval_capacity_0.2_accuracy": 0.25, "epoch": 1.0}  # of the model before it was trained further
+        (tmp_path / "eval_results.json").write_text(json.dumps(measured))
+        with pytest.raises(
+            ValueError, match=r"eval_results\.json is of epoch 1, and the model of epoch 3: evaluate it"
+        ):
+            results_of_training(tmp_path)
+        for epoch in (0, 3.0):  # 0: evaluated alone
+            (tmp_path / "eval_results.json").write_text(json.dumps({**measured, "epoch": epoch}))
+            assert results_of_training(tmp_path)["epochs"] == 3.0
 
     def test_video_at_one_capacity_without_training(self, tmp_path):
         config = MoNEViViTConfig(

@@ -254,6 +254,11 @@ def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
     training = folder / "train_results.json"
     if training.exists():
         trained = json.loads(training.read_text(encoding="utf-8"))
+        if measured.get("epoch") and measured["epoch"] != trained["epoch"]:  # an evaluation alone has none
+            raise ValueError(
+                f"{folder / 'eval_results.json'} is of epoch {measured['epoch']:g}, and the model of epoch "
+                f"{trained['epoch']:g}: evaluate it again."
+            )
         results["epochs"] = trained["epoch"]
         results["train_minutes"] = round(trained["train_runtime"] / 60, 1)
     return results
@@ -342,9 +347,9 @@ def _confusion(results: dict) -> list[str]:
     if "confusion" not in results:
         return []
     counts = results["confusion"]["counts"]
-    names = list(counts)
-    lines = [["", *names], ["---"] * (len(names) + 1)]
-    lines += [[name, *(str(counts[name].get(other) or "") for other in names)] for name in names]
+    predicted = list(dict.fromkeys([*counts, *(name for row in counts.values() for name in row)]))
+    lines = [["", *predicted], ["---"] * (len(predicted) + 1)]
+    lines += [[name, *(str(row.get(other) or "") for other in predicted)] for name, row in counts.items()]
     capacity = _capacity(results["confusion"]["capacity"])
     return [f"Confusion at capacity {capacity} (rows: true class, columns: predicted):", _markdown(lines)]
 

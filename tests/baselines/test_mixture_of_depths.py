@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mone import MoNEConfig
-from mone.baselines import DenseModel, MixtureOfDepthsModel, mixture_of_depths_macs
+from mone import MoNEConfig, MoNEViViTConfig
+from mone.baselines import DenseModel, MixtureOfDepthsModel, TokenMergingModel, mixture_of_depths_macs
 
 
 def make(kind, *args, **fields):
@@ -68,5 +68,10 @@ def test_a_share_that_is_none(share):
 
 
 def test_another_pooling_is_refused():
-    with pytest.raises(ValueError, match=r"pooling='cls' with final_norm='tokens': the baselines have"):
-        make(MixtureOfDepthsModel, pooling="cls")
+    for fields in ({"pooling": "cls"}, {"num_register_tokens": 2}, {"final_norm": "pooled"}):
+        (name, value), *_ = fields.items()
+        with pytest.raises(ValueError, match=f"{name}={value!r}.*: the baselines have 'mean', 'tokens' and 0 only"):
+            make(MixtureOfDepthsModel, **fields)
+    for baseline, options in ((MixtureOfDepthsModel, ()), (TokenMergingModel, (1,))):
+        with pytest.raises(TypeError, match="is of a video model"):
+            baseline(MoNEViViTConfig(), *options)

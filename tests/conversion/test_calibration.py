@@ -156,6 +156,14 @@ def test_images_that_cannot_be_fitted_to(pixel_values):
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
 
 
+@pytest.mark.parametrize("pixel_values", [torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [1.0]])
+def test_what_is_no_image_of_a_processor(pixel_values):
+    with pytest.raises(
+        TypeError, match=r"must be a floating tensor, as an image processor makes it, got (torch.uint8|list)"
+    ):
+        calibrate(make_model(), pixel_values)
+
+
 @pytest.mark.parametrize("router_type", ["random", "argmax"])
 def test_routers_that_learn_no_ranking_stay(router_type):
     model = make_model(router_type=router_type)

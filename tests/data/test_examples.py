@@ -96,7 +96,7 @@ def test_a_data_set_that_cannot_be_read_at_all_is_an_error():
         data[3]
     for train in (True, False):
         small = LabelledExamples(split_of(2), read_unless({0, 1}), train=train)
-        with pytest.raises(ValueError, match="None of 2 examples from row 0 on can be read: 1.jpg is broken"):
+        with pytest.raises(ValueError, match=r"None of 2 examples from row 0 on can be read: 1.jpg is broken"):
             small[0]
 
 

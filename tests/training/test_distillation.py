@@ -155,4 +155,10 @@ def test_other_classes_are_found_before_work_starts(tmp_path, caplog):
     save_vit(tmp_path / "names", id2label={0: "cat", 1: "dog", 2: "bird"})
     with caplog.at_level(logging.WARNING):
         Teacher(str(tmp_path / "names"), student_config())
-    assert "named or ordered otherwise" in caplog.text
+    assert "named or ordered otherwise" in caplog.text and "problem_type" not in caplog.text
+    save_vit(tmp_path / "sigmoid", num_labels=3, problem_type="multi_label_classification")
+    for name, problem_type in (("sigmoid", None), ("names", "multi_label_classification")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            Teacher(str(tmp_path / name), student_config(problem_type=problem_type))
+        assert "one has a probability for each class, the other one over all of them" in caplog.text

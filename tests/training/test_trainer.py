@@ -3,15 +3,19 @@
 import copy
 import errno
 import logging
+import math
 import os
 import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from reference import double_weights, randomise_, reference_model
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, ViTImageProcessor
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 from mone import (
     MoNEConfig,
@@ -1024,3 +1028,150 @@ def test_the_total_batch_size_sets_the_accumulation(tmp_path):
     assert (args.gradient_accumulation_steps, args.train_batch_size) == (4, 8)
     with pytest.raises(ValueError, match="total_train_batch_size=12 must be a multiple of 8"):
         MoNETrainingArguments(**options, total_train_batch_size=12)
+
+
+# --- in the user's own code -----------------------------------------------------------------------------------------
+
+
+def test_labels_of_several_classes_are_softened_only_when_it_is_said_what_they_are(tmp_path):
+    train = rows(8, labels=lambda i: [1.0, float(i % 2), 0.0])
+    for options in ({"mixup": 0.5}, {"label_smoothing_factor": 0.1}):
+        with pytest.raises(ValueError, match=r"Labels of shape \(4, 3\) with mixup .*: set config.problem_type"):
+            make_trainer(tmp_path, train=train, max_steps=1, **options).train()
+    model = tiny_model(problem_type="multi_label_classification")
+    make_trainer(tmp_path, model, train=train, max_steps=1, mixup=0.5).train()
+    with pytest.raises(ValueError, match="need labels, and these batches have none"):
+        unlabelled = [{"pixel_values": row["pixel_values"]} for row in train]
+        make_trainer(tmp_path, train=unlabelled, max_steps=1, mixup=0.5).train()
+
+
+def test_training_takes_one_clip(tmp_path):
+    train = [{"pixel_values": torch.randn(2, 4, 3, 16, 16), "labels": 0}] * 4
+    with pytest.raises(ValueError, match="hold several clips of each video: training takes one"):
+        make_trainer(tmp_path, tiny_video_model(), train=train, max_steps=1).train()
+
+
+def test_a_trainer_trains_again_after_a_loss_that_was_not_finite(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, logging_steps=1)
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with torch.no_grad():
+        trainer.model.classifier.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        trainer.train()
+    trainer.model.load_state_dict(weights)
+    trainer.optimizer = trainer.lr_scheduler = None  # Adam's has the NaN
+    assert math.isfinite(trainer.train().training_loss)
+
+
+def test_metrics_that_are_no_numbers_have_no_mean(tmp_path):
+    trainer = make_trainer(tmp_path, eval_capacities=np.array([0.5, 1.0]))
+    trainer.compute_metrics = lambda p: {"per_class": [0.0, 1.0], "first": float(p.predictions[0, 0])}
+    metrics = trainer.evaluate()
+    assert metrics["eval_capacity_0.5_per_class"] == [0.0, 1.0] and "eval_per_class" not in metrics
+    mean = (metrics["eval_capacity_0.5_first"] + metrics["eval_capacity_1_first"]) / 2
+    assert metrics["eval_first"] == pytest.approx(mean)
+    with pytest.raises(ValueError, match=r"eval_capacities=0\.5 must be a list"):
+        MoNETrainingArguments(output_dir=str(tmp_path), eval_capacities=0.5)
+
+
+def test_a_search_is_by_the_means(tmp_path):
+    """Trainer's objective is the sum of all metrics but eval_loss: capacities' losses would count as if good."""
+    trainer = make_trainer(tmp_path, eval_capacities=[0.5, 1.0], max_steps=1, eval_strategy="steps", eval_steps=1)
+    seen = []
+    trainer.model_init = lambda trial: tiny_model()
+
+    class Backend:
+        name = "grid"
+
+        @staticmethod
+        def is_available():
+            return True
+
+        def ensure_available(self):
+            pass
+
+        def default_hp_space(self, trial):
+            return {}
+
+        def run(self, trainer, n_trials, direction, **kwargs):
+            metrics = trainer.evaluate()
+            seen.append((trainer.compute_objective(metrics), metrics["eval_accuracy"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
+        trainer.hyperparameter_search(backend="optuna", direction="maximize")
+    ((objective, accuracy),) = seen
+    assert objective == accuracy
+
+
+def test_a_loss_of_the_users_own_with_a_teacher(tmp_path):
+    trainer = make_trainer(tmp_path, distill_from="self", capacity=0.5, max_steps=1)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs["logits"].square().mean()
+    assert math.isfinite(trainer.train().training_loss)
+
+
+def test_a_loader_of_the_users_own_without_a_data_set(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.zeros(4, dtype=torch.long)}
+    trainer.get_train_dataloader = lambda: [batch] * 2
+    assert trainer.train().global_step == 2
+
+
+def test_an_optimiser_of_the_users_own_has_the_users_groups(tmp_path, caplog):
+    def train(**args):
+        model = tiny_model()
+        optimizers = (torch.optim.SGD(model.parameters(), lr=1e-3), None)
+        arguments = MoNETrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, **args
+        )
+        MoNETrainer(model=model, args=arguments, train_dataset=rows(8), optimizers=optimizers).train()
+
+    for args in ({"router_learning_rate": 0.1}, {"layer_decay": 0.5}):
+        with pytest.raises(ValueError, match="are for the optimiser that the trainer makes"):
+            train(**args)
+    train(capacity=0.5)
+    assert "trains the routers" not in caplog.text
+    train(capacity=1.0)
+    assert "Your optimiser also trains the routers" in caplog.text
+
+
+def test_what_weight_decay_spares(tmp_path):
+    model = tiny_model(pooling="cls", num_register_tokens=2)
+    decayed = make_trainer(tmp_path, model).get_decay_parameter_names(model)
+    # Matrices and kernels, as in big_vision.
+    assert set(decayed) == {
+        name for name, value in model.named_parameters() if name.endswith(".weight") and value.dim() > 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "message"),
+    [
+        ({}, {"mixup": 0.3}, r"mixup=0\.3 \(was 0\.0\)"),
+        ({}, {"seed": 7}, r"seed=7 \(was 42\)"),
+        ({}, {"optim": "sgd"}, r"optim=.*sgd.* \(was .*adamw"),
+        ({"num_hidden_layers": 1}, {}, r"config\.num_hidden_layers=1 \(was 2\)"),
+        ({"problem_type": "multi_label_classification"}, {}, r"config\.problem_type=multi_label_classification"),
+    ],
+)
+def test_another_training_does_not_go_on_from_a_checkpoint(tmp_path, model, args, message):
+    common = {"save_strategy": "steps", "save_steps": 2, "capacity": 0.5}
+    make_trainer(tmp_path, max_steps=2, **common).train()
+    with pytest.raises(ValueError, match=rf"checkpoint-2 cannot go on .*: {message}"):
+        make_trainer(tmp_path, tiny_model(**model), max_steps=4, **common, **args).train(resume_from_checkpoint=True)
+    trainer = make_trainer(tmp_path, max_steps=4, **common)
+    (tmp_path / "out" / "checkpoint-3").mkdir()  # cut short
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+    assert trainer._initial_global_step == 2
+
+
+def test_a_signal_after_the_last_step_loses_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    evaluate = trainer.evaluate
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = interrupted
+    assert trainer.train().global_step == 2

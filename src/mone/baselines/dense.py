@@ -22,15 +22,15 @@ class DenseModel(nn.Module):
         config: of the MoNE model, with mean pooling.
 
     Raises:
-        ValueError: `pooling` other than "mean", or `final_norm` other than "tokens".
+        ValueError: `pooling` other than "mean", `final_norm` other than "tokens", or register tokens.
     """
 
     def __init__(self, config: MoNEConfig):
         super().__init__()
-        if (config.pooling, config.final_norm) != ("mean", "tokens"):
+        if (config.pooling, config.final_norm, config.num_register_tokens) != ("mean", "tokens", 0):
             raise ValueError(
-                f"pooling={config.pooling!r} with final_norm={config.final_norm!r}: the baselines have pooling='mean' "
-                "and final_norm='tokens' only."
+                f"pooling={config.pooling!r}, final_norm={config.final_norm!r} and num_register_tokens="
+                f"{config.num_register_tokens}: the baselines have 'mean', 'tokens' and 0 only."
             )
         self.is_video = isinstance(config, MoNEViViTConfig)
         fields = (
@@ -66,6 +66,12 @@ class DenseModel(nn.Module):
         if self.is_video:
             return self.embeddings(pixel_values).flatten(0, 1)
         return self.embeddings(pixel_values, patch_grid(self.config, pixel_values.shape[-2:]))
+
+
+def check_image_config(config: MoNEConfig) -> None:
+    """Raise TypeError for a video model's."""
+    if isinstance(config, MoNEViViTConfig):
+        raise TypeError(f"{type(config).__name__} is of a video model, and this baseline is for images.")
 
 
 def num_patches(config: MoNEConfig) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration_mone import MoNEConfig
-from .dense import DenseModel, embedding_and_head_macs, num_patches
+from .dense import DenseModel, check_image_config, embedding_and_head_macs, num_patches
 
 
 class MixtureOfDepthsModel(DenseModel):
@@ -25,6 +25,7 @@ class MixtureOfDepthsModel(DenseModel):
     """
 
     def __init__(self, config: MoNEConfig, share: float = 0.125):
+        check_image_config(config)
         super().__init__(config)
         self.chosen = chosen_tokens(config, share)
         self.routers = nn.ModuleList([nn.Linear(config.hidden_size, 1, bias=False) for _ in self.layers[1::2]])

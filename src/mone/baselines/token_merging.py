@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from ..configuration_mone import MoNEConfig
-from .dense import DenseModel, embedding_and_head_macs, num_patches
+from .dense import DenseModel, check_image_config, embedding_and_head_macs, num_patches
 
 
 def merge_tokens(
@@ -55,6 +55,7 @@ class TokenMergingModel(DenseModel):
     """
 
     def __init__(self, config: MoNEConfig, merged_per_layer: int):
+        check_image_config(config)
         super().__init__(config)
         self.merged_per_layer = merged_per_layer
 

@@ -37,8 +37,12 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
         pixel_values: (B, C, height, width).
 
     Raises:
+        TypeError: no floating tensor.
         ValueError: no images, or values that are not finite.
     """
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+        kind = pixel_values.dtype if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise TypeError(f"pixel_values must be a floating tensor, as an image processor makes it, got {kind}.")
     if len(pixel_values) == 0 or not pixel_values.isfinite().all():
         raise ValueError(
             f"pixel_values of shape {tuple(pixel_values.shape)} must be at least one image of finite values."

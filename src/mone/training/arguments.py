@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
+from ..capacity import as_plain
 from ..configuration_mone import MoNEConfig
 from .schedules import CAPACITY_SCHEDULES
 
@@ -120,6 +121,10 @@ class MoNETrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        for name in ("eval_capacities", "capacity_grid", "capacity_range"):
+            if isinstance(getattr(self, name), numbers.Real):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a list of capacities.")
+            setattr(self, name, as_plain(list(getattr(self, name))))
         if self.capacity_schedule not in CAPACITY_SCHEDULES:
             raise ValueError(f"capacity_schedule={self.capacity_schedule!r} must be one of {CAPACITY_SCHEDULES}.")
         if not self.mixup >= 0:

@@ -389,7 +389,9 @@ def train_and_evaluate(
     )
     metrics = {}
     if args.do_train:
-        checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(args.output_dir)
+        checkpoint = args.resume_from_checkpoint
+        if checkpoint in (None, "true", "True"):
+            checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
             logger.info("Going on from the checkpoint %s.", checkpoint)
         result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -402,6 +404,8 @@ def train_and_evaluate(
         if trainer.state.global_step > trainer._initial_global_step:  # one that had finished before keeps its numbers
             trainer.log_metrics("train", result.metrics)
             trainer.save_metrics("train", result.metrics)
+        else:
+            logger.warning("The run in %s had finished: nothing was trained.", args.output_dir)
         metrics.update(result.metrics)
     if args.do_eval:
         result = trainer.evaluate()

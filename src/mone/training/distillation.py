@@ -68,6 +68,15 @@ class Teacher(nn.Module):
             raise ValueError(f"The teacher {name} has {theirs.num_labels} classes, the student {config.num_labels}.")
         if [theirs.id2label[i] for i in range(theirs.num_labels)] != [config.id2label[i] for i in theirs.id2label]:
             logger.warning("The classes of the teacher %s are named or ordered otherwise than the student's.", name)
+        if theirs.problem_type != config.problem_type and "multi_label_classification" in (
+            theirs.problem_type,
+            config.problem_type,
+        ):
+            logger.warning(
+                "The teacher %s was trained with problem_type=%r, the student is with %r: one has a probability for "
+                "each class, the other one over all of them.",
+                *(name, theirs.problem_type, config.problem_type),
+            )
         if processor is None:
             theirs = None
         elif video:

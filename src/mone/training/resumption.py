@@ -66,7 +66,9 @@ def check_settings(checkpoint: str | os.PathLike, settings: dict) -> None:
     if not path.is_file():
         return
     kept, given = json.loads(path.read_text()), json.loads(json.dumps(settings))
-    changed = [f"{name}={given[name]} (was {kept[name]})" for name in given if kept.get(name) != given[name]]
+    changed = [
+        f"{name}={given[name]} (was {kept[name]})" for name in given if kept.get(name, given[name]) != given[name]
+    ]
     if changed:
         raise ValueError(
             f"The run of {checkpoint} cannot go on with other settings: {', '.join(changed)}. Give those it was "
@@ -93,7 +95,7 @@ def writing_checkpoint(folder: str | os.PathLike, is_main_process: bool) -> Iter
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
             f"The checkpoint {folder} could not be written: {error}.{space} {describe_last_checkpoint(parent)} "
-            "Then start the same command again."
+            "Start the same command again."
         ) from error
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import math
+import numbers
 import os
 import random
 import shutil
@@ -20,10 +21,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective, speed_metrics
 
-from ..capacity import effective_capacity
+from ..capacity import as_plain, effective_capacity
 from ..checkpoints import is_written_by_hand
+from ..configuration_mone import MoNEConfig
 from ..data import LabelledStream, bytes_to_pixels
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
@@ -37,6 +39,7 @@ from .resumption import (
     check_settings,
     crosses_fsdp,
     describe_last_checkpoint,
+    last_complete_checkpoint,
     load_model,
     load_optimizer,
     protect_workers,
@@ -59,12 +62,13 @@ class MoNECallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # Accelerate tells the data set its epoch in a single process only.
-        if hasattr(train_dataloader.dataset, "set_epoch"):
-            train_dataloader.dataset.set_epoch(int(state.epoch + 1e-6))
-        if isinstance(train_dataloader.dataset, LabelledStream) and not args.ignore_data_skip:
+        data = getattr(train_dataloader, "dataset", None)  # a loader of the user's own may have none
+        if hasattr(data, "set_epoch"):
+            data.set_epoch(int(state.epoch + 1e-6))
+        if isinstance(data, LabelledStream) and not args.ignore_data_skip:
             steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
             done = state.global_step % steps_per_epoch * args.gradient_accumulation_steps
-            train_dataloader.dataset.skip_batches(done)
+            data.skip_batches(done)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         model.project_alpha_()
@@ -105,7 +109,8 @@ class MoNETrainer(Trainer):
     Raises:
         TypeError: when it is made, for arguments of another class.
         ValueError: when it is made, for a capacity that the model does not allow, a teacher that does not fit, or
-            several GPUs in one process; when training goes on from a checkpoint, for other capacities or rates.
+            several GPUs in one process, or rates of routers and layers for an optimiser of the user's own; when
+            training goes on from a checkpoint, for other settings.
     """
 
     def __init__(self, *args, **kwargs):
@@ -118,6 +123,12 @@ class MoNETrainer(Trainer):
         config = self.model.config
         if self.model_init is None:  # else it was adapted when it was made
             self._adapt(self.model)
+        self._optimizer_was_given = self.optimizer is not None
+        if self._optimizer_was_given and (self.args.router_learning_rate is not None or self.args.layer_decay != 1):
+            raise ValueError(
+                f"router_learning_rate={self.args.router_learning_rate} and layer_decay={self.args.layer_decay} are "
+                "for the optimiser that the trainer makes: give yours such groups, or pass optimizer_cls_and_kwargs."
+            )
         self.schedule = self._make_schedule(anneal_steps=0)
         self._eval_capacity = None
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
@@ -147,6 +158,7 @@ class MoNETrainer(Trainer):
         if not isinstance(args, MoNETrainingArguments):
             raise TypeError(f"args must be MoNETrainingArguments, got {type(args).__name__}.")
         args.check_capacities(config)
+        self._problem_type_was_given = config.problem_type is not None
         multi_label = config.problem_type == "multi_label_classification"
         if args.bce_sum and not multi_label:
             raise ValueError(f"bce_sum needs problem_type='multi_label_classification', got {config.problem_type!r}.")
@@ -157,6 +169,7 @@ class MoNETrainer(Trainer):
                     f"example; got problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
             config.problem_type = "single_label_classification"
+        self._problem_type = config.problem_type  # which the model else finds with the first labels
         if args.compile_layers:
             # Every capacity needs its graph, in each layer whose stochastic depth differs: dynamo's limits are for
             # code that recompiles by mistake. Behind them layers would run uncompiled.
@@ -173,7 +186,7 @@ class MoNETrainer(Trainer):
     @property
     def capacity(self) -> float | list[float] | tuple[float, ...]:
         """Of training with the fixed schedule, and of evaluation without `args.eval_capacities`."""
-        return self.model.config.capacity if self.args.capacity is None else self.args.capacity
+        return self.model.config.capacity if self.args.capacity is None else as_plain(self.args.capacity)
 
     # --- schedule and budget -----------------------------------------------------------------------------------------
 
@@ -284,12 +297,19 @@ class MoNETrainer(Trainer):
         """Whether training turns class numbers into probabilities."""
         return self.args.mixup > 0 or self.args.label_smoothing_factor > 0
 
-    def train(self, *args, **kwargs):
-        """As Trainer's. After Ctrl-C or SIGTERM raises KeyboardInterrupt, with a message that says how to go on."""
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As Trainer's. After Ctrl-C or SIGTERM raises KeyboardInterrupt, with a message that says how to go on.
+
+        `resume_from_checkpoint=True` is the last complete checkpoint in `args.output_dir`, which may be none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        config = self.model.config
+        self._statistics = StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
         try:
             with self._interruption:
-                output = super().train(*args, **kwargs)
-            if self._interruption.signal is not None:
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+            if self._interruption.signal is not None and self.state.global_step < self.state.max_steps:
                 raise KeyboardInterrupt(self._interruption.signal.name)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
@@ -315,6 +335,13 @@ class MoNETrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = {**self._prepare_inputs(inputs), "output_router_logits": True}
+        if inputs["pixel_values"].dim() > 5:
+            raise ValueError(
+                f"pixel_values of shape {tuple(inputs['pixel_values'].shape)} hold several clips of each video: "
+                "training takes one."
+            )
+        if inputs.get("labels") is None and (self.softens_labels or self.args.bce_sum):
+            raise ValueError("mixup, label_smoothing_factor and bce_sum need labels, and these batches have none.")
         if self.softens_labels:
             count = inputs["labels"].numel()
             inputs |= self._soften_labels(inputs["pixel_values"], inputs["labels"])
@@ -353,6 +380,12 @@ class MoNETrainer(Trainer):
     def _soften_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Smoothed and mixed: labels (batch,) or (batch, num_labels) -> probabilities (batch, num_labels)."""
         num_labels, smoothing = self.model.config.num_labels, self.args.label_smoothing_factor
+        if labels.dim() > 1 and not self._problem_type_was_given:
+            raise ValueError(
+                f"Labels of shape {tuple(labels.shape)} with mixup or label_smoothing_factor: set "
+                "config.problem_type, 'multi_label_classification' for any number of classes, "
+                "'single_label_classification' for probabilities of one."
+            )
         if labels.dim() == 1:
             labels = torch.nn.functional.one_hot(labels, num_labels).to(pixel_values.dtype)
         labels = labels * (1 - smoothing) + smoothing / num_labels
@@ -373,6 +406,7 @@ class MoNETrainer(Trainer):
         if inputs["pixel_values"].dim() < 6:
             if not model.training or return_outputs:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            labels = inputs.get("labels")  # which Trainer takes out for a loss of the user's own
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             capacity = inputs["capacity"]
             self._statistics.add_forward(
@@ -383,7 +417,7 @@ class MoNETrainer(Trainer):
             if self.args.distill_from == "self" and is_dense(capacity):
                 self._teacher_logits = outputs["logits"].detach()
             elif self._teacher_logits is not None:
-                divergence = self._distillation_loss(outputs["logits"], inputs["labels"], num_items_in_batch)
+                divergence = self._distillation_loss(outputs["logits"], labels, num_items_in_batch)
                 weight = self.args.distillation_weight
                 loss = (1 - weight) * loss + weight * divergence
             return loss
@@ -447,11 +481,21 @@ class MoNETrainer(Trainer):
                 metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples))
         finally:
             self._eval_capacity = None
-        metrics.update({key: sum(entries) / len(entries) for key, entries in values.items()})
+        metrics.update(
+            {
+                key: sum(entries) / len(entries)
+                for key, entries in values.items()
+                if all(isinstance(entry, numbers.Real) for entry in entries)
+            }
+        )
         # Once for all capacities: callbacks such as early stopping look for the means.
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
+        """As Trainer's, by default by the means over `args.eval_capacities`."""
+        return super().hyperparameter_search(hp_space, compute_objective or _objective_of_means, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """As Trainer's, unless output folder or the repo pushed to have a card that is no such draft: it stays."""
@@ -476,7 +520,9 @@ class MoNETrainer(Trainer):
     # --- optimiser ---------------------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(".alpha")]
+        """As Trainer's, but for tokens, positions and alpha, as in AugReg (big_vision decays kernels alone)."""
+        kept = (".alpha", "cls_token", "register_tokens", "position_embeddings")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(kept)]
 
     def create_optimizer(self, model=None):
         """As Trainer's, with the learning rates of `args.router_learning_rate` and `args.layer_decay`.
@@ -486,10 +532,12 @@ class MoNETrainer(Trainer):
         """
         created_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        dense = self.args.capacity_schedule == "fixed" and is_dense(self.capacity)
+        idle = dense and self.model.config.router_type == "learned"
+        if idle and self._optimizer_was_given:
+            logger.warning("Your optimiser also trains the routers, which learn nothing useful at capacity 1.0.")
         if created_here:
             model = self.model if model is None else model
-            dense = self.args.capacity_schedule == "fixed" and is_dense(self.capacity)
-            idle = dense and self.model.config.router_type == "learned"
             router_learning_rate = 0.0 if idle else self.args.router_learning_rate
             set_learning_rates(optimizer, model, router_learning_rate, self.args.layer_decay)
         return optimizer
@@ -544,6 +592,7 @@ class MoNETrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_settings(resume_from_checkpoint, self._settings())  # before weights that may not fit
         if not self.is_deepspeed_enabled:
             check_not_deepspeed(resume_from_checkpoint)
         if not crosses_fsdp(resume_from_checkpoint, self.is_fsdp_enabled):
@@ -553,8 +602,16 @@ class MoNETrainer(Trainer):
     def _settings(self) -> dict:
         """What a run must not change when it goes on: optimiser and schedule of the checkpoint would ignore it."""
         args = self.args
-        names = ("capacity_schedule", "capacity_grid", "capacity_range", "learning_rate", "router_learning_rate")
-        settings = {name: getattr(args, name) for name in (*names, "layer_decay")}
+        names = (
+            *("capacity_schedule", "capacity_grid", "capacity_range", "anneal_steps", "iso_flops", "seed"),
+            *("learning_rate", "router_learning_rate", "layer_decay", "weight_decay", "mixup", "bce_sum"),
+            *("label_smoothing_factor", "distill_from", "distillation_weight", "distillation_temperature"),
+        )
+        settings = {name: getattr(args, name) for name in names} | {"optim": getattr(args.optim, "value", args.optim)}
+        config = self.model.config
+        fields = {**MoNEConfig.__annotations__, **type(config).__annotations__}
+        settings |= {f"config.{name}": getattr(config, name) for name in fields if name != "capacity"}
+        settings["config.problem_type"] = self._problem_type
         if args.capacity_schedule in ("fixed", "anneal"):
             settings["capacity"] = self.capacity
         return settings
@@ -573,3 +630,9 @@ class MoNETrainer(Trainer):
         load_optimizer(checkpoint, self.model, self.optimizer.optimizer)
         path = os.path.join(checkpoint, SCHEDULER_NAME)
         self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _objective_of_means(metrics: dict[str, float]) -> float:
+    """Trainer's default, which would add the metrics of each capacity, their losses too, and a time."""
+    left = ("_capacity_", "_model_preparation_time")
+    return default_compute_objective({k: v for k, v in metrics.items() if not any(part in k for part in left)})
