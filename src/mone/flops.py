@@ -29,7 +29,7 @@ def count_macs(
         ValueError: if `capacity` is not allowed, or patches do not divide `image_size`.
     """
     d, e = config.hidden_size, config.num_experts
-    patch, n = as_pair(config.patch_size), _num_patches(config, image_size)
+    patch, n = as_pair(config.patch_size), num_patches(config, image_size)
     prefix = config.num_prefix_tokens
     counts = tokens_per_expert(config.resolve_capacity(capacity), n)
 
@@ -61,14 +61,22 @@ def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None 
         config, image_size: as in `count_macs`.
     """
     prefix = config.num_prefix_tokens
-    sequences = config.num_hidden_layers * (prefix + _num_patches(config, image_size)) ** 2
+    sequences = config.num_hidden_layers * (prefix + num_patches(config, image_size)) ** 2
     if isinstance(config, MoNEViViTConfig):
         time = config.num_frames // config.tubelet_size[0]
         sequences = time * sequences + config.num_temporal_layers * (prefix + time) ** 2
     return 2 * config.hidden_size * sequences
 
 
-def _num_patches(config: MoNEConfig, image_size: int | tuple[int, int] | None) -> int:
+def num_patches(config: MoNEConfig, image_size: int | tuple[int, int] | None = None) -> int:
+    """Patches of an image, of a clip in each temporal index.
+
+    Args:
+        config, image_size: as in `count_macs`.
+
+    Raises:
+        ValueError: if patches do not divide the image.
+    """
     image, patch = as_pair(config.image_size if image_size is None else image_size), as_pair(config.patch_size)
     if any(pixels < step or pixels % step for pixels, step in zip(image, patch, strict=True)):
         raise ValueError(f"image_size={image} must be a positive multiple of patch_size={config.patch_size}.")

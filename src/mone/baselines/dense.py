@@ -9,6 +9,7 @@ from transformers import ViTConfig
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from ..flops import num_patches
 from ..modeling_mone import MoNEEmbeddings, patch_grid
 from ..modeling_mone_vivit import MoNEViViTEmbeddings
 
@@ -72,11 +73,6 @@ def check_image_config(config: MoNEConfig) -> None:
     """Raise TypeError for a video model's."""
     if isinstance(config, MoNEViViTConfig):
         raise TypeError(f"{type(config).__name__} is of a video model, and this baseline is for images.")
-
-
-def num_patches(config: MoNEConfig) -> int:
-    """Tokens of an image."""
-    return math.prod(patch_grid(config, as_pair(config.image_size)))
 
 
 def embedding_and_head_macs(config: MoNEConfig) -> int:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..configuration_mone import MoNEConfig
-from .dense import DenseModel, check_image_config, embedding_and_head_macs, num_patches
+from ..flops import num_patches
+from .dense import DenseModel, check_image_config, embedding_and_head_macs
 
 
 class MixtureOfDepthsModel(DenseModel):

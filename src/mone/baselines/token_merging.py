@@ -11,7 +11,8 @@ from torch import nn
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from ..configuration_mone import MoNEConfig
-from .dense import DenseModel, check_image_config, embedding_and_head_macs, num_patches
+from ..flops import num_patches
+from .dense import DenseModel, check_image_config, embedding_and_head_macs
 
 
 def merge_tokens(
