@@ -193,20 +193,24 @@ def find_files(paths: str | Sequence[str]) -> list[str]:
     return found
 
 
-def read_parquet(files: list[str], label_column: str | None, cache_dir: str | None, **options) -> Dataset:
+def read_parquet(files: list[str], label_column: str | None, cache_dir: str | None) -> Dataset:
     """The rows of all files, in order.
 
     Raises:
         ValueError: names a file that is none, or whose classes are others than the first one's; or no file has rows.
     """
-    # A file's name is no pattern. `datasets` fails on files without rows.
-    escaped = [glob.escape(file) for file in _check_parquet(files, label_column)]
-    return load_dataset("parquet", data_files=escaped, split="train", cache_dir=cache_dir, **options)
+    filled, _ = _check_parquet(files, label_column)
+    return _load_parquet(filled, cache_dir=cache_dir)
 
 
-def _check_parquet(files: list[str], label_column: str | None) -> list[str]:
-    """Those of the files that have rows."""
-    filled, first = [], None
+def _load_parquet(files: Iterable[str], **options) -> Split:
+    escaped = [glob.escape(file) for file in files]  # a file's name is no pattern
+    return load_dataset("parquet", data_files=escaped, split="train", **options)
+
+
+def _check_parquet(files: list[str], label_column: str | None) -> tuple[list[str], int]:
+    """The files that have rows, as `datasets` fails on the others, and the number of all rows."""
+    filled, count, first = [], 0, None
     for file in files:
         try:
             content = pq.ParquetFile(file)
@@ -215,6 +219,7 @@ def _check_parquet(files: list[str], label_column: str | None) -> list[str]:
         if not content.metadata.num_rows:
             continue
         filled.append(file)
+        count += content.metadata.num_rows
         features = Features.from_arrow_schema(content.schema_arrow)
         feature = features.get(label_column or _default_label_column(features))
         feature = feature.feature if isinstance(feature, List) else feature
@@ -227,15 +232,15 @@ def _check_parquet(files: list[str], label_column: str | None) -> list[str]:
                 )
     if not filled:
         raise ValueError(f"The parquet files hold no rows: {files[:5]}.")
-    return filled
+    return filled, count
 
 
 def _stream_parquet(files: list[str], label_column: str | None) -> IterableDataset:
     other = [file for file in files if not file.endswith(".parquet")]
     if other:
         raise ValueError(f"--streaming reads parquet files only, not {other[0]}.")
-    stream = read_parquet(files, label_column, None, streaming=True)
-    return with_count(stream, sum(pq.read_metadata(file).num_rows for file in files))
+    filled, count = _check_parquet(files, label_column)
+    return with_count(_load_parquet(filled, streaming=True), count)
 
 
 def with_count(stream: IterableDataset, count: int) -> IterableDataset:
