@@ -55,6 +55,7 @@ from .nested_linear import (
     is_untouched,
     is_watched,
     lay_out_for_inference,
+    nested_in_together,
     widen,
 )
 from .packed_linear import Packable, PackedLinear
@@ -154,7 +155,7 @@ class MoNEAttention(Packable):
         if in_kernels:
             projected = project_in(hidden_states, (self.q_proj, self.k_proj, self.v_proj), slices).chunk(3, dim=-1)
         elif packs is None:
-            projected = [proj(hidden_states, slices) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+            projected = nested_in_together(hidden_states, (self.q_proj, self.k_proj, self.v_proj), slices)
         else:
             projected = torch.empty(*hidden_states.shape[:2], 3 * hidden_states.shape[2], dtype=hidden_states.dtype)
             for start, stop, d in slices:

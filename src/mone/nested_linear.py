@@ -33,19 +33,7 @@ class NestedIn(nn.Linear):
 
     def forward(self, x: torch.Tensor, slices: tuple[Slice, ...]) -> torch.Tensor:
         """(N, B, D) -> (N, B, O); of an expert's tokens only the first d features are read."""
-        if len(slices) == 1 and slices[0][2] == self.in_features:
-            return nn.functional.linear(x, self.weight, self.bias)
-        if is_traced():
-            # Flat, since a product of three axes copies its operand.
-            parts = (
-                nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), self.weight[:, :d], self.bias)
-                for start, stop, d in slices
-            )
-            return torch.cat(list(parts)).unflatten(0, x.shape[:2])
-        x, weight, bias = _autocast(x, self.weight, self.bias)
-        if not torch.is_grad_enabled():
-            return contract(x, weight.t(), bias, slices)
-        return _NestedIn.apply(x, weight, bias, slices)
+        return nested_in(x, self.weight, self.bias, slices)
 
 
 class NestedOut(nn.Linear):
@@ -81,6 +69,39 @@ class NestedOut(nn.Linear):
         if not torch.is_grad_enabled():
             return expand(_projected(x, after_gelu), weight.t(), bias, slices, width)
         return _NestedOut.apply(x, weight, bias, slices, after_gelu)
+
+
+def nested_in(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slices: tuple[Slice, ...]
+) -> torch.Tensor:
+    """What [`NestedIn`] computes: (N, B, D), (O, D) -> (N, B, O)."""
+    if len(slices) == 1 and slices[0][2] == weight.shape[1]:
+        return nn.functional.linear(x, weight, bias)
+    if is_traced():
+        # Flat, since a product of three axes copies its operand.
+        parts = (
+            nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), weight[:, :d], bias) for start, stop, d in slices
+        )
+        return torch.cat(list(parts)).unflatten(0, x.shape[:2])
+    x, weight, bias = _autocast(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return contract(x, weight.t(), bias, slices)
+    return _NestedIn.apply(x, weight, bias, slices)
+
+
+def nested_in_together(
+    x: torch.Tensor, modules: tuple[NestedIn, ...], slices: tuple[Slice, ...]
+) -> tuple[torch.Tensor, ...]:
+    """(N, B, D) -> (N, B, O) for each of these projections of one input, which have a bias all, or none.
+
+    In training, where the copy of the weights does not count, they are one: fewer and larger products, and one
+    gradient of the input instead of one each to add up.
+    """
+    if not torch.is_grad_enabled() or is_traced() or not all(is_untouched(module) for module in modules):
+        return tuple(module(x, slices) for module in modules)
+    weight = torch.cat([module.weight for module in modules])
+    bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+    return nested_in(x, weight, bias, slices).chunk(len(modules), dim=-1)
 
 
 def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
@@ -206,7 +227,8 @@ def expand(
         else:
             torch.addmm(bias[low:high], rows, part, out=out)
     for start, stop, d in slices:
-        y[start:stop, :, d:].zero_()
+        if d < width:
+            y[start:stop, :, d:].zero_()
     return y
 
 
@@ -245,7 +267,8 @@ class _NestedIn(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = expand(grad, weight, None, ctx.slices, x.shape[-1])
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.empty_like(weight)
+            grad_weight[:, ctx.slices[0][2] :].zero_()
             grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
             for stop, low, high in _features(ctx.slices, x.shape[1]):
                 torch.mm(grads[:stop].t(), inputs[:stop, low:high], out=grad_weight[:, low:high])
@@ -269,7 +292,8 @@ class _NestedOut(torch.autograd.Function):
         grad = grad.contiguous()
         grads = grad.flatten(0, 1)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.empty_like(weight)
+            grad_weight[ctx.slices[0][2] :].zero_()
             inputs = _projected(x, ctx.after_gelu).flatten(0, 1)
             for stop, low, high in _features(ctx.slices, x.shape[1]):
                 torch.mm(grads[:stop, low:high].t(), inputs[:stop], out=grad_weight[low:high])
