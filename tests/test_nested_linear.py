@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from mone.nested_linear import SHARED_ROWS, NestedIn, NestedOut, blocks, groups, lay_out_for_inference
+from mone.nested_linear import (
+    SHARED_ROWS,
+    NestedIn,
+    NestedOut,
+    blocks,
+    groups,
+    lay_out_for_inference,
+    nested_in_together,
+)
 
 
 D, OTHER = 16, 12
@@ -101,3 +109,30 @@ def test_the_layout_changes_memory_alone():
         assert torch.equal(value, before[name])
     lay_out_for_inference(layer)
     assert layer.weight.stride() == (1, OTHER), "twice is once"
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("slices", [ALL, ((0, 10, 16),), ((0, 3, 8), (3, 10, 2))], ids=str)
+def test_projections_together_equal_each_by_itself(slices, bias, watched):
+    torch.manual_seed(0)
+    modules = [NestedIn(D, OTHER, bias=bias).double() for _ in range(3)]
+    calls = []
+    if watched:  # a hook is to see its projection
+        modules[1].register_forward_hook(lambda *_: calls.append(1))
+    modules[2].weight.requires_grad_(False)
+    x = torch.randn(10, 3, D, dtype=torch.float64, requires_grad=True)
+    leaves = [x] + [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    grads = torch.randn(3, 10, 3, OTHER, dtype=torch.float64)
+
+    outputs = nested_in_together(x, tuple(modules), slices)
+    assert len(calls) == watched
+    expected = [naive_in(x, module.weight, module.bias, slices) for module in modules]
+    torch.testing.assert_close(torch.stack(outputs), torch.stack(expected))
+    found, wanted = (
+        torch.autograd.grad(sum((y * grad).sum() for y, grad in zip(ys, grads, strict=True)), leaves)
+        for ys in (outputs, expected)
+    )
+    torch.testing.assert_close(found, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.stack(nested_in_together(x, tuple(modules), slices)), torch.stack(expected))
