@@ -1,7 +1,10 @@
 """Nested projections against a loop over tokens, forward and gradients, and how rows are shared."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from mone.nested_linear import (
     SHARED_ROWS,
@@ -111,28 +114,54 @@ def test_the_layout_changes_memory_alone():
     assert layer.weight.stride() == (1, OTHER), "twice is once"
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("watched", [None, "forward", "backward", "everywhere"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("slices", [ALL, ((0, 10, 16),), ((0, 3, 8), (3, 10, 2))], ids=str)
 def test_projections_together_equal_each_by_itself(slices, bias, watched):
     torch.manual_seed(0)
     modules = [NestedIn(D, OTHER, bias=bias).double() for _ in range(3)]
     calls = []
-    if watched:  # a hook is to see its projection
-        modules[1].register_forward_hook(lambda *_: calls.append(1))
+    register = {
+        "forward": modules[1].register_forward_hook,
+        "backward": modules[1].register_full_backward_hook,
+        "everywhere": register_module_forward_hook,
+    }
+    # A hook is to see its projection.
+    handle = register[watched](lambda module, *_: calls.append(module)) if watched else contextlib.nullcontext()
     modules[2].weight.requires_grad_(False)
     x = torch.randn(10, 3, D, dtype=torch.float64, requires_grad=True)
     leaves = [x] + [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     grads = torch.randn(3, 10, 3, OTHER, dtype=torch.float64)
 
-    outputs = nested_in_together(x, tuple(modules), slices)
-    assert len(calls) == watched
     expected = [naive_in(x, module.weight, module.bias, slices) for module in modules]
+    with handle:
+        outputs = nested_in_together(x, tuple(modules), slices)
+        found, wanted = (
+            torch.autograd.grad(sum((y * grad).sum() for y, grad in zip(ys, grads, strict=True)), leaves)
+            for ys in (outputs, expected)
+        )
+    assert calls == {None: [], "everywhere": modules}.get(watched, modules[1:2])
     torch.testing.assert_close(torch.stack(outputs), torch.stack(expected))
-    found, wanted = (
-        torch.autograd.grad(sum((y * grad).sum() for y, grad in zip(ys, grads, strict=True)), leaves)
-        for ys in (outputs, expected)
-    )
     torch.testing.assert_close(found, wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.stack(nested_in_together(x, tuple(modules), slices)), torch.stack(expected))
+    for training in (True, False):
+        for module in modules:
+            module.train(training)
+        with torch.no_grad():
+            outputs = nested_in_together(x, tuple(modules), slices)
+        torch.testing.assert_close(torch.stack(outputs), torch.stack(expected))
+
+
+def test_projections_of_other_weights_are_not_joined():
+    class Weight(torch.nn.Parameter):  # as quantised ones are
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.cat:
+                raise TypeError("cannot be joined")
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    modules = [NestedIn(D, OTHER) for _ in range(3)]
+    modules[1].weight = Weight(modules[1].weight.data)
+    x = torch.randn(10, 3, D)
+    outputs = nested_in_together(x, tuple(modules), ((0, 10, D),))
+    for output, module in zip(outputs, modules, strict=True):
+        torch.testing.assert_close(output, torch.nn.functional.linear(x, module.weight.data, module.bias))

@@ -237,9 +237,7 @@ class MoNEMLP(Packable):
     @property
     def is_gelu(self) -> bool:
         """Whether the activation is the exact GELU, and nobody listens to it."""
-        activation = self.activation_fn
-        listeners = activation._backward_hooks or activation._backward_pre_hooks
-        return type(activation) is GELUActivation and is_unhooked(activation) and not listeners
+        return type(self.activation_fn) is GELUActivation and is_unhooked(self.activation_fn)
 
     def add_in_kernels(
         self,

@@ -19,10 +19,21 @@ import itertools
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 
 # The tokens start..stop of a sorted sequence that one expert processes, and that expert's width d. Largest first.
 Slice = tuple[int, int, int]
+
+_HOOKS_OF_ALL_MODULES = (
+    *(_global_forward_hooks, _global_forward_pre_hooks),
+    *(_global_backward_hooks, _global_backward_pre_hooks),
+)
 
 # Up to so many rows, experts share products. See `blocks`.
 SHARED_ROWS = 400
@@ -97,7 +108,9 @@ def nested_in_together(
     In training, where the copy of the weights does not count, they are one: fewer and larger products, and one
     gradient of the input instead of one each to add up.
     """
-    if not torch.is_grad_enabled() or is_traced() or not all(is_untouched(module) for module in modules):
+    # Quantised weights are other types, which may not know how to be joined.
+    joinable = all(is_untouched(module) and type(module.weight) is nn.Parameter for module in modules)
+    if not modules[0].training or is_traced() or not joinable:
         return tuple(module(x, slices) for module in modules)
     weight = torch.cat([module.weight for module in modules])
     bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
@@ -136,7 +149,8 @@ def is_untouched(module: nn.Module) -> bool:
 
 def is_unhooked(module: nn.Module) -> bool:
     """Whether calling the module runs its class's `forward`, which Accelerate's hooks replace, and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own_hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return "forward" not in module.__dict__ and not any(own_hooks) and not any(_HOOKS_OF_ALL_MODULES)
 
 
 def is_watched(module: nn.Module) -> bool:
