@@ -24,7 +24,7 @@ from transformers import (
 
 import mone  # noqa: F401 - registers the Auto classes
 from mone.data.images import as_rgb
-from mone.model_card import check_pictures, check_results, results_of_training, write_model_card
+from mone.model_card import OF_TRAINING, check_pictures, check_results, results_of_training, write_model_card
 from mone.visualization import draw_routed_tokens, draw_routed_video
 
 
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.folder / "results.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if args.training is not None:
+        results = {field: value for field, value in results.items() if field not in OF_TRAINING}
         results |= results_of_training(args.training)
     if args.details is not None:
         results |= json.loads(args.details.read_text(encoding="utf-8"))

@@ -97,6 +97,12 @@ def test_table_of_one_model_compares_with_its_full_capacity():
     assert "| 0.25 | 500.0 |  | 81.2% |" in make_model_card("tiny", without).text, "nothing to compare with"
 
 
+def test_names_with_a_bar_or_a_line_break_stay_in_their_cell():
+    confusion = {"capacity": 0.25, "counts": {"cat|dog": {"cat|dog": 3}, "red\nfox": {"cat|dog": 7}}}
+    card = str(make_model_card("tiny", {**EVERYTHING, "confusion": confusion}))
+    assert "|  | cat\\|dog | red fox |" in card and "| red fox | 7 |  |" in card
+
+
 def test_predictions_of_classes_that_are_never_true_are_shown():
     confusion = {"capacity": 0.25, "counts": {"cat": {"cat": 3, "fox": 7}, "dog": {"dog": 1}}}
     card = str(make_model_card("tiny", {**EVERYTHING, "confusion": confusion}))
@@ -316,3 +322,13 @@ class TestResultsOfTraining:
         (row,) = results["rows"]
         assert (row["capacity"], row["gmacs"]) == (shares, 8 * count_macs(config, shares) / 1e9)
         assert results["gmacs"] == "one video, 8 clips of it"
+
+    def test_several_labels_of_an_example(self, tmp_path):
+        config = MoNEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+        MoNEForImageClassification(config).save_pretrained(tmp_path)
+        measured = {"eval_capacity_0.5_precision_at_1": 0.75, "eval_precision_at_1": 0.75}
+        (tmp_path / "eval_results.json").write_text(json.dumps(measured))
+        results = {**RESULTS, **results_of_training(tmp_path)}
+        assert [row["accuracy"] for row in results["rows"]] == [0.75]
+        card = str(make_model_card("tiny", results))
+        assert "What counts as right: a prediction that is among the labels (precision at 1)." in card

@@ -14,6 +14,7 @@
 | `sections` | `{title: text}`, in this order, after the table |
 | `limits` | what the model cannot do, or what was not measured |
 | `gmacs` | what the compute is of; default: one image, or one clip |
+| `accuracy` | what counts as right; default: a prediction that equals the label |
 | `chance` | accuracy of guessing, in [0, 1] |
 | `confusion` | `{"capacity": ..., "counts": {true class: {predicted class: examples}}}` |
 | `commands` | list of shell commands by which the results were made |
@@ -83,7 +84,7 @@ FIELDS = {
     "license": TEXT,
     "dataset": ("an object", _is_dict),
     "rows": ("a list of at least one object", lambda value: value and _is_list(value, _is_dict)),
-    **dict.fromkeys(("model", "summary", "limits", "gmacs", "machine", "date", "hub_id"), TEXT),
+    **dict.fromkeys(("model", "summary", "limits", "gmacs", "accuracy", "machine", "date", "hub_id"), TEXT),
     **dict.fromkeys(("commands", "datasets", "base_model", "tags"), TEXTS),
     **dict.fromkeys(("parameters", "epochs", "train_minutes"), NUMBERS),
     "sections": ("{title: text}", lambda value: _is_dict(value, _is_text)),
@@ -100,6 +101,8 @@ COUNTS = (
 )
 CONFUSION = {"capacity": CAPACITY, "counts": COUNTS}
 PICTURE = {"file": TEXT, "caption": TEXT}
+# Fields that results_of_training gives; where it does not, one of an earlier training would be wrong.
+OF_TRAINING = ("task", "model", "rows", "parameters", "epochs", "train_minutes", "gmacs", "accuracy")
 
 
 def write_model_card(folder: str | os.PathLike) -> ModelCard:
@@ -213,7 +216,7 @@ def check_pictures(folder: Path, pictures: list[dict]) -> None:
 
 
 def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
-    """The fields that a training script's output folder holds: task, rows, parameters, epochs and minutes.
+    """The fields that a training script's output folder holds, of [`OF_TRAINING`].
 
     Minutes are those of the last run, which is not the whole training where it was resumed.
 
@@ -251,6 +254,8 @@ def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
     }
     if num_clips > 1:
         results["gmacs"] = compute_of_clips(num_clips)
+    if metric == "precision_at_1":
+        results["accuracy"] = "a prediction that is among the labels (precision at 1)"
     training = folder / "train_results.json"
     if training.exists():
         trained = json.loads(training.read_text(encoding="utf-8"))
@@ -329,7 +334,9 @@ def _capacity(capacity: float | Sequence[float] | None) -> str:
 
 
 def _markdown(lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    # A "|" or a line break in a name would end its cell.
+    rows = [[" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _caption(results: dict) -> str:
@@ -337,8 +344,9 @@ def _caption(results: dict) -> str:
     what = f"{dataset['size']:,} examples of {dataset['name']}" if "size" in dataset else dataset["name"]
     split = f", {dataset['split']}" if "split" in dataset else ""
     chance = f" Chance is {results['chance']:.1%}." if "chance" in results else ""
+    right = f" What counts as right: {results['accuracy']}." if "accuracy" in results else ""
     return (
-        f"Accuracy on {what}{split}.{chance} Compute is that of {_input(results)}, in multiply-accumulates by "
+        f"Accuracy on {what}{split}.{right}{chance} Compute is that of {_input(results)}, in multiply-accumulates by "
         "`mone.count_macs`."
     )
 

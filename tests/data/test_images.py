@@ -14,6 +14,7 @@ from transformers import EfficientNetImageProcessor, MobileViTImageProcessor, Vi
 from mone.conversion import resize_and_crop
 from mone.data import LabelledExamples, bytes_to_pixels, collate_examples, load_image_datasets, make_image_transforms
 from mone.data.augmentation import randaugment
+from mone.training.resumption import protect_workers
 
 
 def picture(seed: int, size=(12, 10), mode="RGB") -> PILImage.Image:
@@ -254,6 +255,22 @@ def test_training_transform_flips_only_when_asked():
         torch.manual_seed(0)
         pixels = [augment(image) for _ in range(30)]
         assert {bool(x[0, 4, 0] > x[0, 4, 7]) for x in pixels if x[0, 4, 0] != x[0, 4, 7]} == sides
+
+
+def test_workers_that_are_spawned(tmp_path, cache):
+    """As on macOS and Windows, where they get the data set pickled."""
+    split = load_image_datasets(train_dir=write_folder(tmp_path / "train", "ab"), cache_dir=cache)["train"]
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    training, evaluation = (
+        LabelledExamples(split, make_image_transforms(processor, (8, 8), train=train), train=train)
+        for train in (True, False)
+    )
+    data = torch.utils.data.ConcatDataset([training, evaluation])
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=len(data), collate_fn=collate_examples, num_workers=1, multiprocessing_context="spawn"
+    )
+    (batch,) = protect_workers(loader)
+    assert torch.equal(batch["pixel_values"], torch.stack([example["pixel_values"] for example in data]))
 
 
 @pytest.mark.parametrize("name", ["plain/", "with [brackets]"])

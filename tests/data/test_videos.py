@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import sys
 from pathlib import Path
 
@@ -189,6 +190,16 @@ def test_bytes_become_the_same_pixels(folder):
     scale, shift = bytes_to_pixels(processor, 3)
     assert results[1].dtype == torch.uint8
     torch.testing.assert_close(results[1] * scale + shift, results[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"train": False, "num_clips": 2}, {"train": True, "color_jitter": 1.0}])
+def test_transforms_reach_workers_that_are_spawned(folder, options):
+    video = {"path": str(folder / "train" / "cat" / "0.mp4"), "bytes": None}
+    transforms, clips = make_video_transforms(processor_of(), **options), []
+    for function in (transforms, pickle.loads(pickle.dumps(transforms))):
+        torch.manual_seed(0)
+        clips.append(function(video))
+    assert torch.equal(*clips)
 
 
 def test_uniform_sampling_in_training(folder):

@@ -92,9 +92,11 @@ def test_from_a_training(training, monkeypatch, name, option, source, drawn):
     results = json.loads((card / "results.json").read_text())
     assert results["pictures"][0]["file"] == drawn and len(results["pictures"]) == 1
     results["pictures"][0]["caption"] = "My caption."
+    results |= {"epochs": 77.5, "gmacs": "one video, 77 clips of it"}  # of a training before this one
     (card / "results.json").write_text(json.dumps(results))
     script.main([str(card), "--training", str(training / name)])
-    assert "![My caption.]" in (card / "README.md").read_text()
+    text = (card / "README.md").read_text()
+    assert "![My caption.]" in text and "77" not in text
 
 
 def test_what_is_missing_is_named_before_anything_is_written(training):

@@ -104,7 +104,7 @@ def test_each_step_runs_at_its_schedules_capacity(tmp_path):
     assert len(set(seen)) > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"distill_from": "self"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.5}, {"distill_from": "self", "capacity": 0.5}], ids=str)
 def test_bytes_train_as_the_pixels_they_stand_for(tmp_path, options):
     generator = torch.Generator().manual_seed(1)
     images = [torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=generator) for _ in range(8)]
@@ -398,6 +398,8 @@ def test_distillation_needs_classes(tmp_path):
     for model in (tiny_model(problem_type="regression"), tiny_model(num_labels=1)):
         with pytest.raises(ValueError, match="distill_from='self' needs classification"):
             make_trainer(tmp_path, model=model, distill_from="self")
+    with pytest.raises(ValueError, match=r"needs capacities below 1\.0"):
+        make_trainer(tmp_path, distill_from="self", capacity=1.0)
 
 
 @pytest.mark.parametrize(
@@ -649,6 +651,15 @@ def test_a_stop_keeps_the_last_checkpoint_beside_the_best(tmp_path):
     again = make_trainer(tmp_path, load_best_model_at_end=True, **options)
     again.train(resume_from_checkpoint=last_complete_checkpoint(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", "checkpoint-6"}
+
+
+def test_a_stop_at_an_evaluation_saves_also_where_only_the_best_is(tmp_path):
+    options = {**SAVING, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0}
+    trainer = make_trainer(tmp_path, metric_for_best_model="loss", **options)  # of equal ones the first is the best
+    trainer.add_callback(AtStep(3, lambda model: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(KeyboardInterrupt, match=r"at step 4\. .*checkpoint-4\."):
+        trainer.train()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-2", "checkpoint-4"}
 
 
 def test_a_checkpoint_of_weights_only_says_what_is_lost(tmp_path, caplog):

@@ -49,7 +49,7 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
         )
     norms = [norm for layer in model.base_model.layers for norm in (layer.layernorm_before, layer.layernorm_after)]
     prefix = model.config.num_prefix_tokens
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     classifier = getattr(model, "classifier", None)
     if not isinstance(classifier, nn.Linear) or not classifier.weight.any():
         classifier = None
@@ -69,7 +69,8 @@ def read_layers(model: MoNEForImageClassification | MoNEModel, pixel_values: tor
                 prediction = pooled.square() / 2 if classifier is None else classifier(pooled).amax(dim=-1)
                 gradients = torch.autograd.grad(prediction.sum(), left)
         finally:
-            model.train(training)
+            for module, mode in modes:
+                module.training = mode
             for hook in hooks:
                 hook.remove()
         yield [

@@ -87,7 +87,7 @@ def make_image_transforms(
     """
     augment = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
-        return lambda image: image_processor(images=as_rgb(image), return_tensors="pt").pixel_values[0]
+        return functools.partial(_process, image_processor)
     crop = v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=image_processor.resample, antialias=True)
     steps = [as_rgb, crop]
     if flip:
@@ -95,6 +95,10 @@ def make_image_transforms(
     scale, shift = bytes_to_pixels(image_processor, 3)
     steps += [*augment, v2.ToImage(), v2.ToPureTensor()]
     return v2.Compose(steps if as_bytes else [*steps, functools.partial(_pixels, scale=scale, shift=shift)])
+
+
+def _process(image_processor: BaseImageProcessor, image: PIL.Image.Image) -> torch.Tensor:
+    return image_processor(images=as_rgb(image), return_tensors="pt").pixel_values[0]
 
 
 def _pixels(image: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

@@ -146,8 +146,7 @@ def make_video_transforms(
             raise ValueError(f"{name}={value} must be a probability in [0, 1].")
     distort = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
-        options = {"num_clips": num_clips, "return_tensors": "pt"}
-        return lambda video: video_processor([_source(video)], **options).pixel_values[0]
+        return functools.partial(_read_clips, video_processor, num_clips=num_clips)
 
     steps = [v2.RandomHorizontalFlip()] if flip else []
     if color_jitter:
@@ -157,33 +156,50 @@ def make_video_transforms(
     steps += distort
     augment = v2.Compose(steps) if steps else v2.Identity()
 
-    def read_clip(video: dict) -> torch.Tensor:
-        factor = low + (high - low) * torch.rand(()).item()
-        size = SizeDict(**{side: round(length * factor) for side, length in dict(video_processor.size).items()})
-        height, width = video_processor.crop_size["height"], video_processor.crop_size["width"]
-        vertical, horizontal = torch.rand(2).tolist()  # place of the crop, the same in all frames
+    return functools.partial(
+        _read_training_clip, video_processor, augment=augment, scale_jitter=scale_jitter, as_bytes=as_bytes
+    )
 
-        def resize_and_crop(frame: np.ndarray) -> np.ndarray:
-            frame = torch.from_numpy(frame).permute(2, 0, 1)
-            frame = video_processor.resize(frame, size, resample=video_processor.resample)
-            # A frame smaller than the crop is padded with black.
-            top, left = round(vertical * (frame.shape[1] - height)), round(horizontal * (frame.shape[2] - width))
-            return v2.functional.crop(frame, top, left, height, width).numpy()
 
-        with VideoReader(_source(video)) as reader:
-            clip = torch.from_numpy(reader.read(_random_indices(video_processor, len(reader)), resize_and_crop))
-        if as_bytes:
-            return augment(clip)
-        return video_processor.rescale_and_normalize(
-            augment(clip),
-            video_processor.do_rescale,
-            video_processor.rescale_factor,
-            video_processor.do_normalize,
-            video_processor.image_mean,
-            video_processor.image_std,
-        )
+# Transforms are of functions of the module, not of others inside them: workers that are spawned have to get them.
 
-    return read_clip
+
+def _read_clips(video_processor: MoNEViViTVideoProcessor, video: dict, num_clips: int) -> torch.Tensor:
+    return video_processor([_source(video)], num_clips=num_clips, return_tensors="pt").pixel_values[0]
+
+
+def _read_training_clip(
+    video_processor: MoNEViViTVideoProcessor,
+    video: dict,
+    augment: v2.Transform,
+    scale_jitter: tuple[float, float],
+    as_bytes: bool,
+) -> torch.Tensor:
+    low, high = scale_jitter
+    factor = low + (high - low) * torch.rand(()).item()
+    size = SizeDict(**{side: round(length * factor) for side, length in dict(video_processor.size).items()})
+    height, width = video_processor.crop_size["height"], video_processor.crop_size["width"]
+    vertical, horizontal = torch.rand(2).tolist()  # place of the crop, the same in all frames
+
+    def resize_and_crop(frame: np.ndarray) -> np.ndarray:
+        frame = torch.from_numpy(frame).permute(2, 0, 1)
+        frame = video_processor.resize(frame, size, resample=video_processor.resample)
+        # A frame smaller than the crop is padded with black.
+        top, left = round(vertical * (frame.shape[1] - height)), round(horizontal * (frame.shape[2] - width))
+        return v2.functional.crop(frame, top, left, height, width).numpy()
+
+    with VideoReader(_source(video)) as reader:
+        clip = torch.from_numpy(reader.read(_random_indices(video_processor, len(reader)), resize_and_crop))
+    if as_bytes:
+        return augment(clip)
+    return video_processor.rescale_and_normalize(
+        augment(clip),
+        video_processor.do_rescale,
+        video_processor.rescale_factor,
+        video_processor.do_normalize,
+        video_processor.image_mean,
+        video_processor.image_std,
+    )
 
 
 def _random_indices(video_processor: MoNEViViTVideoProcessor, total: int) -> np.ndarray:

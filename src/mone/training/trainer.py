@@ -140,7 +140,10 @@ class MoNETrainer(Trainer):
                     f"distill_from={self.args.distill_from!r} needs classification, got "
                     f"problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
-            if self.args.distill_from != "self":
+            if self.args.distill_from == "self":
+                if self._trains_densely:
+                    raise ValueError("distill_from='self' needs capacities below 1.0 to teach, got 1.0 alone.")
+            else:
                 if self.is_deepspeed_enabled:
                     unset_hf_deepspeed_config()  # by which ZeRO-3 would shard a model that it does not run
                 self.teacher = Teacher(
@@ -187,6 +190,10 @@ class MoNETrainer(Trainer):
     def capacity(self) -> float | list[float] | tuple[float, ...]:
         """Of training with the fixed schedule, and of evaluation without `args.eval_capacities`."""
         return self.model.config.capacity if self.args.capacity is None else as_plain(self.args.capacity)
+
+    @property
+    def _trains_densely(self) -> bool:
+        return self.args.capacity_schedule == "fixed" and is_dense(self.capacity)
 
     # --- schedule and budget -----------------------------------------------------------------------------------------
 
@@ -493,6 +500,10 @@ class MoNETrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics, trial):
+        # After which Trainer saves the best alone, where a signal asked for a checkpoint.
+        return super()._determine_best_metric(metrics, trial) or self._interruption.signal is not None
+
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
         """As Trainer's, by default by the means over `args.eval_capacities`."""
         return super().hyperparameter_search(hp_space, compute_objective or _objective_of_means, *args, **kwargs)
@@ -532,8 +543,7 @@ class MoNETrainer(Trainer):
         """
         created_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        dense = self.args.capacity_schedule == "fixed" and is_dense(self.capacity)
-        idle = dense and self.model.config.router_type == "learned"
+        idle = self._trains_densely and self.model.config.router_type == "learned"
         if idle and self._optimizer_was_given:
             logger.warning("Your optimiser also trains the routers, which learn nothing useful at capacity 1.0.")
         if created_here:
