@@ -24,6 +24,7 @@ from videos import (
     needs_real_videos,
     number_image,
     number_of,
+    pack_b_frames,
     plain,
     remux,
     run_and_read_peaks,
@@ -239,6 +240,16 @@ def test_hidden_frames_do_not_count(videos):
     with VideoReader(data) as video:
         assert number_of(video.read([80])[0]) == 83
         assert video.frames_decoded < 40
+
+
+@pytest.mark.parametrize("frames", [90, 5])
+def test_two_frames_in_a_packet(frames):
+    """XviD's and DivX's B-frames in avi, whose packets have each other's times."""
+    data = pack_b_frames(make(frames, "mpeg4", "avi", {"g": "30", "bf": "2"}))
+    assert [number_of(image) for image in plain(data)] == list(range(frames))
+    assert numbers_read(data) == list(range(frames))
+    for number in range(0, frames, 4):
+        assert numbers_read(data, [number]) == [number]
 
 
 @pytest.mark.parametrize("container", ["mp4", "matroska"])

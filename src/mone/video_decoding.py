@@ -28,6 +28,8 @@ MIN_READABLE = 0.5
 MAX_GAP = 8
 # Decoders hold back 16 frames at most: time stamps that ask for more reordering are broken.
 MAX_REORDERING = 16
+# Start code of a frame (ISO/IEC 14496-2, section 6.2.1).
+MPEG4_FRAME = b"\0\0\1\xb6"
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
@@ -270,11 +272,14 @@ class VideoReader:
         # mp4 lists all of its packets, cut off or not.
         promised = sum(entry.size > 0 for entry in self._stream.index_entries)
         is_vp8 = self._decoder.name in ("vp8", "libvpx")
+        # DivX and XviD put two frames into one packet of an avi, and their times on others.
+        is_mpeg4, is_packed = self._decoder.name == "mpeg4", False
         self._seen, self._decoding_times = [], []
         shown, keyframes = [], []
         for position, packet in enumerate(self._packets()):
             self._seen.append((packet.pts, packet.size))
             self._decoding_times.append(packet.pts if packet.dts is None else packet.dts)
+            is_packed = is_packed or (is_mpeg4 and bytes(packet).count(MPEG4_FRAME) > 1)
             # VP8 has packets that only help to predict others (RFC 6386, section 9.1).
             hidden = is_vp8 and not memoryview(packet)[0] & 0x10
             if not (hidden or packet.is_discard or packet.is_corrupt):
@@ -288,7 +293,7 @@ class VideoReader:
                 f"{MIN_READABLE:.0%} are needed."
             )
         times = [self._seen[position][0] for position in shown]
-        self._timed = None not in times and len(set(times)) == len(times)
+        self._timed = not is_packed and None not in times and len(set(times)) == len(times)
         if self._timed:
             order = np.argsort(times)
             shift = np.abs(order - np.arange(len(order))).max()

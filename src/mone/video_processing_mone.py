@@ -332,6 +332,9 @@ def _check_frames(video, name: str, input_data_format) -> tuple[Any, bool]:
     if len(video) == 0:
         raise ValueError(f"{name} must have at least one frame, got none.")
     if all(isinstance(frame, Image.Image) for frame in video):
+        modes = sorted({frame.mode for frame in video if frame.mode.startswith("I")})
+        if modes:  # which Pillow would cut to 0 and 255
+            raise ValueError(f"{name} has grey levels of more than 8 bits, mode {', '.join(modes)}: scale them to 8.")
         shapes = {(frame.height, frame.width, 3) for frame in video}
         dtypes, input_data_format = set(), ChannelDimension.LAST
     elif all(_is_array(frame) for frame in video):

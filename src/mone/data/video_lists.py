@@ -7,7 +7,10 @@ import re
 from pathlib import Path
 
 
-PATH_COLUMNS = ("path", "video", "video_path", "file_name", "filename", "file", "id", "video_id")
+PATH_COLUMNS = (
+    *("path", "video", "video_path", "clip_path", "file_path", "filepath", "file_name", "filename", "file"),
+    *("id", "video_id"),
+)
 KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end"}
 LABEL_COLUMNS = ("label", "class", "template", "action")
 
@@ -66,8 +69,16 @@ def _read_lines(path: str, text: str) -> list[tuple[str, str]]:
     header = {name.strip().lower(): column for column, name in enumerate(table[0])}
     path_column = next((header[name] for name in PATH_COLUMNS if name in header), None)
     label_column = next((header[name] for name in LABEL_COLUMNS if name in header), None)
-    is_kinetics = label_column is not None and header.keys() >= KINETICS_COLUMNS
-    if label_column is None or (path_column is None and not is_kinetics):
+    is_kinetics = header.keys() >= KINETICS_COLUMNS
+    names_videos = path_column is not None or is_kinetics
+    # A class may be called "action", but a row that names a file has a digit or a dot.
+    if names_videos != (label_column is not None) and not re.search(r"[\d.]", "".join(table[0])):
+        # Taken for a list without a header, each video would be a class.
+        lacking, known = ("labels", LABEL_COLUMNS) if names_videos else ("videos", PATH_COLUMNS)
+        raise ValueError(
+            f"{path} has the columns {table[0]}, of which none is known to hold the {lacking}: call it one of {known}."
+        )
+    if not names_videos:
         header, path_column, label_column = {}, 0, 1
 
     rows = []
