@@ -179,6 +179,7 @@ def test_resolve_capacity_uses_the_configs_eq_3():
         ({"capacity": 0.2, "num_experts": 2}, ["0.2", "[0.5, 1]"]),
         ({"capacity_delta": 1.0}, ["delta=1.0", "delta > 1"]),
         ({"capacity_beta": 0.0}, ["beta=0.0", "beta > 0"]),
+        ({"capacity_beta": -1.0, "capacity": [0.25] * 4}, ["beta=-1.0", "beta > 0"]),
     ],
     ids=repr,
 )

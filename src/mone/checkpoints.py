@@ -103,13 +103,14 @@ class CheckpointMixin:
                         parameter._is_hf_initialized = False  # or transformers would keep those loaded
                     router.apply(self._init_weights)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, **kwargs) -> None:
         """As in transformers. The modeling code goes beside the weights, for every Auto class that can use it.
 
         The files are written to a folder inside `save_directory` first and then moved: an interruption, such as a full
         disk, leaves what was saved before. Weights of an earlier save under other names (shards) are removed. Not so
         with `distributed_checkpoint=True`, or a `variant` that is pushed, which are written directly.
         """
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict}
         # The class that names these files, not a subclass made elsewhere (in a notebook, by FSDP2).
         owner = next(cls for cls in type(self).__mro__ if "_auto_map" in vars(cls))
         file = owner.__module__.split(".")[-1]
@@ -117,7 +118,7 @@ class CheckpointMixin:
         registered = next((cls for cls in type(self).__mro__ if vars(cls).get("_auto_class")), type(self))
         if registered is not type(self):
             type(self)._auto_class = None  # or transformers would save that subclass's file
-            if kwargs.get("is_main_process", True):
+            if is_main_process:
                 os.makedirs(save_directory, exist_ok=True)
                 custom_object_save(registered, save_directory)
         push_to_hub = kwargs.get("push_to_hub", False)
@@ -129,7 +130,7 @@ class CheckpointMixin:
             hub |= {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self._save_at_once(save_directory, **kwargs)
-            if kwargs.get("is_main_process", True):
+            if is_main_process:
                 self._push(save_directory, repo_id, **hub)
         else:
             self._save_at_once(save_directory, **kwargs)

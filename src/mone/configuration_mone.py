@@ -200,6 +200,7 @@ class MoNEConfig(PreTrainedConfig):
             )
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"router_type={self.router_type!r} must be one of {ROUTER_TYPES}.")
+        self.resolve_capacity(1.0)  # Eq. 3's delta and beta, which shares do not need
         self.resolve_capacity()
 
     def resolve_capacity(self, capacity=None) -> tuple[float, ...]:

@@ -203,10 +203,17 @@ def test_training_the_dense_model_leaves_its_routers_alone(tmp_path):
     model = tiny_model()
     before = copy.deepcopy(model.mone.routers.state_dict())
     classifier = model.classifier.weight.detach().clone()
-    make_trainer(tmp_path, model, rows(8), max_steps=2, learning_rate=1e-2, router_learning_rate=1e-1).train()
+    make_trainer(tmp_path, model, rows(8), max_steps=2, learning_rate=1e-2).train()
     assert not torch.equal(model.classifier.weight, classifier)
     for name, value in model.mone.routers.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_routers_with_a_rate_are_trained_also_at_capacity_one(tmp_path, caplog):
+    model = tiny_model()
+    make_trainer(tmp_path, model, rows(8), max_steps=2, router_learning_rate=1e-1).train()
+    assert model.mone.routers[0].alpha > 0
+    assert "router_learning_rate also trains the routers, which learn nothing useful at capacity 1.0" in caplog.text
 
 
 def test_layers_far_from_the_classifier_move_less(tmp_path):
@@ -681,6 +688,21 @@ def test_a_model_of_model_init_is_trained_as_one_that_is_given(tmp_path):
     assert (made.model.config.capacity, made.model.config.problem_type) == (0.4, "single_label_classification")
     for name, expected in given.model.state_dict().items():
         torch.testing.assert_close(made.model.state_dict()[name], expected, atol=0, rtol=0, msg=name)
+
+
+def test_models_of_a_search_are_made_for_each_trial(tmp_path):
+    """Backends take the model away after each."""
+    args = make_trainer(tmp_path, max_steps=2, capacity=0.4, logging_steps=1).args
+    trainer = MoNETrainer(model_init=lambda trial: tiny_model(num_experts=3), args=args, train_dataset=rows(16))
+    for _ in range(2):
+        assert math.isfinite(trainer.train().training_loss)
+        trainer.model = trainer.model_wrapped = None
+
+
+def test_arguments_are_made_as_trainer_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = MoNETrainer(tiny_model(), train_dataset=rows(16))
+    assert isinstance(trainer.args, MoNETrainingArguments) and trainer.args.output_dir == "tmp_trainer"
 
 
 def test_other_arguments_are_refused(tmp_path):

@@ -76,7 +76,7 @@ class MoNETrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Peak learning rate of the routers and their alpha, which start at zero and move slowly. "
-            "Default: --learning_rate. At capacity 1.0 alone they do not learn."
+            "Default: --learning_rate, but 0 where training is at capacity 1.0 alone."
         },
     )
     layer_decay: float = field(

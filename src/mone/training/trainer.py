@@ -113,8 +113,10 @@ class MoNETrainer(Trainer):
             training goes on from a checkpoint, for other settings.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, args=None, *others, **kwargs):
+        # As Trainer, which would make its own arguments.
+        args = MoNETrainingArguments(output_dir="tmp_trainer") if args is None else args
+        super().__init__(model, args, *others, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"This process has {self.args.n_gpu} GPUs, but trains on one: start a process for each by `accelerate "
@@ -151,7 +153,7 @@ class MoNETrainer(Trainer):
                 ).to(self.args.device)
                 if self.is_deepspeed_enabled:
                     self.accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
-        self._statistics = StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
+        self._statistics = self._start_statistics()
         self._interruption = Interruption(at_once=self.args.world_size > 1)
         self.add_callback(MoNECallback(self._interruption))
 
@@ -185,6 +187,10 @@ class MoNETrainer(Trainer):
         model = super().call_model_init(trial)
         self._adapt(model)
         return model
+
+    def _start_statistics(self) -> StepStatistics:
+        config = self.model.config
+        return StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
 
     @property
     def capacity(self) -> float | list[float] | tuple[float, ...]:
@@ -236,6 +242,7 @@ class MoNETrainer(Trainer):
 
         The budget is what the dense model (capacity 1.0) spends in `args.num_train_epochs`, or `args.max_steps`.
         """
+        self._statistics = self._start_statistics()
         if args.capacity_schedule in ("fixed", "anneal"):
             self.model.config.capacity = self.capacity  # what it is trained for is what the saved model runs at
         values = super().set_initial_training_values(args, dataloader)
@@ -311,8 +318,6 @@ class MoNETrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        config = self.model.config
-        self._statistics = StepStatistics(config.num_experts, config.router_type != "random", self.args.device)
         try:
             with self._interruption:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -538,17 +543,20 @@ class MoNETrainer(Trainer):
     def create_optimizer(self, model=None):
         """As Trainer's, with the learning rates of `args.router_learning_rate` and `args.layer_decay`.
 
-        Training of the dense model leaves the routers alone, which it cannot teach which tokens to prefer, so that
-        `mone.conversion.calibrate` can start them afterwards.
+        Training of the dense model leaves the routers alone, unless they are given a rate: it cannot teach them which
+        tokens to prefer, and `mone.conversion.calibrate` can start them afterwards.
         """
         created_here = self.optimizer is None
         optimizer = super().create_optimizer(model)
         idle = self._trains_densely and self.model.config.router_type == "learned"
-        if idle and self._optimizer_was_given:
-            logger.warning("Your optimiser also trains the routers, which learn nothing useful at capacity 1.0.")
+        if idle and (self._optimizer_was_given or self.args.router_learning_rate is not None):
+            whose = "Your optimiser" if self._optimizer_was_given else "router_learning_rate"
+            logger.warning("%s also trains the routers, which learn nothing useful at capacity 1.0.", whose)
         if created_here:
             model = self.model if model is None else model
-            router_learning_rate = 0.0 if idle else self.args.router_learning_rate
+            router_learning_rate = self.args.router_learning_rate
+            if idle and router_learning_rate is None:
+                router_learning_rate = 0.0
             set_learning_rates(optimizer, model, router_learning_rate, self.args.layer_decay)
         return optimizer
 
