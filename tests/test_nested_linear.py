@@ -15,6 +15,7 @@ from mone.nested_linear import (
     lay_out_for_inference,
     nested_in_together,
 )
+from mone.packed_linear import PackedLinear
 
 
 D, OTHER = 16, 12
@@ -151,17 +152,32 @@ def test_projections_together_equal_each_by_itself(slices, bias, watched):
         torch.testing.assert_close(torch.stack(outputs), torch.stack(expected))
 
 
-def test_projections_of_other_weights_are_not_joined():
-    class Weight(torch.nn.Parameter):  # as quantised ones are
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            if function is torch.cat:
-                raise TypeError("cannot be joined")
-            return super().__torch_function__(function, types, args, kwargs or {})
+class Quantised(torch.nn.Parameter):
+    """Stands for quantised weights such as torchao's, which can be cut and know linear layers, and little else."""
 
-    modules = [NestedIn(D, OTHER) for _ in range(3)]
-    modules[1].weight = Weight(modules[1].weight.data)
-    x = torch.randn(10, 3, D)
-    outputs = nested_in_together(x, tuple(modules), ((0, 10, D),))
-    for output, module in zip(outputs, modules, strict=True):
-        torch.testing.assert_close(output, torch.nn.functional.linear(x, module.weight.data, module.bias))
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.t, torch.Tensor.transpose, torch.cat, torch.addmm, torch.matmul, torch.mm):
+            raise NotImplementedError(f"{function} of quantised weights")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("slices", [((0, 10, D),), ((0, 2, D), (2, 10, D // 4))])
+def test_weights_that_know_linear_layers_only(slices, requires_grad):
+    x, residual = torch.randn(10, 3, D), torch.randn(10, 3, D)
+    modules = [NestedIn(D, OTHER), NestedIn(D, OTHER), NestedIn(D, OTHER), NestedOut(D, D)]
+    with torch.set_grad_enabled(requires_grad):
+
+        def run():
+            *projections, last = modules
+            added = [] if requires_grad else [last(x, slices, residual)]
+            return [*nested_in_together(x, tuple(projections), slices), last(x, slices), *added]
+
+        expected = run()
+        for module in modules:
+            module.weight = Quantised(module.weight.data)
+            lay_out_for_inference(module)
+            assert not PackedLinear.is_possible(module)
+        for output, wanted in zip(run(), expected, strict=True):
+            torch.testing.assert_close(output, wanted)

@@ -66,10 +66,10 @@ class NestedOut(nn.Linear):
         """
         width = slices[0][2]
         if residual is not None:
-            if not is_traced() and not _autocasts(x.device):
+            if is_plain(self.weight) and not is_traced() and not _autocasts(x.device):
                 return add_expanded(residual, x.contiguous(), self.weight.t(), self.bias, slices)
             return residual + widen(self(x, slices), residual.shape[-1])
-        if is_traced():
+        if is_traced() or not is_plain(self.weight):
             x = nn.functional.gelu(x) if after_gelu else x
             parts = (
                 (nn.functional.linear(x[start:stop], self.weight[:d], self.bias[:d]), width - d)
@@ -88,7 +88,7 @@ def nested_in(
     """What [`NestedIn`] computes: (N, B, D), (O, D) -> (N, B, O)."""
     if len(slices) == 1 and slices[0][2] == weight.shape[1]:
         return nn.functional.linear(x, weight, bias)
-    if is_traced():
+    if is_traced() or not is_plain(weight):
         # Flat, since a product of three axes copies its operand.
         parts = (
             nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), weight[:, :d], bias) for start, stop, d in slices
@@ -108,9 +108,7 @@ def nested_in_together(
     In training, where the copy of the weights does not count, they are one: fewer and larger products, and one
     gradient of the input instead of one each to add up.
     """
-    # Quantised weights are other types, which may not know how to be joined.
-    joinable = all(is_untouched(module) and type(module.weight) is nn.Parameter for module in modules)
-    if not modules[0].training or is_traced() or not joinable:
+    if not modules[0].training or is_traced() or not all(is_untouched(module) for module in modules):
         return tuple(module(x, slices) for module in modules)
     weight = torch.cat([module.weight for module in modules])
     bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
@@ -122,7 +120,7 @@ def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
 
     An expert's part of an in-projection is then one piece, and small products are faster with either kind.
     """
-    if not module.weight.is_inference():
+    if is_plain(module.weight) and not module.weight.is_inference():
         module.weight.data = module.weight.data.t().contiguous().t()
 
 
@@ -143,8 +141,13 @@ def check_adapters(*modules: nn.Module) -> None:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody listens to this projection (hooks) or has put another in its place (adapters)."""
-    return type(module) in (NestedIn, NestedOut) and is_unhooked(module)
+    """Whether nobody listens to this projection (hooks) or has put another in its place (adapters, quantisation)."""
+    return type(module) in (NestedIn, NestedOut) and is_plain(module.weight) and is_unhooked(module)
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether it is no type of its own, as quantised weights are, that may know linear layers and cuts only."""
+    return type(weight) in (nn.Parameter, torch.Tensor)
 
 
 def is_unhooked(module: nn.Module) -> bool:

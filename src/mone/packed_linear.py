@@ -9,7 +9,7 @@ import itertools
 import torch
 from torch import nn
 
-from .nested_linear import SHARED_ROWS, NestedIn, NestedOut, is_traced, is_untouched
+from .nested_linear import SHARED_ROWS, NestedIn, NestedOut, is_plain, is_traced, is_untouched
 
 
 class PackedLinear:
@@ -44,6 +44,7 @@ class PackedLinear:
             dtypes.append(torch.bfloat16)
         return all(
             type(module) in (NestedIn, NestedOut)
+            and is_plain(module.weight)
             and module.weight.device.type == "cpu"
             and module.weight.dtype in dtypes
             and not module.weight.is_inference()  # which does not tell when it is changed
