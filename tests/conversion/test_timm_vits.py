@@ -81,6 +81,19 @@ def test_a_state_dict_is_the_same_at_capacity_one(variant):
         torch.testing.assert_close(output, vit(pixel_values), atol=1e-5, rtol=0)
 
 
+def test_the_pooling_of_a_state_dict(caplog):
+    """Which it does not show where the tokens are normed before."""
+    vit = make_timm(global_pool="avg", fc_norm=False)
+    mone_from_vit(vit.state_dict(), num_attention_heads=2)
+    assert "Taken: hidden_act=gelu, layer_norm_eps=1e-06, pooling=cls, pre-norm blocks." in caplog.text
+    pixel_values = torch.randn(2, 3, 32, 32)
+    for pooling, global_pool, fc_norm in (("mean", "avg", False), ("cls", "token", True), ("cls", "token", False)):
+        vit = make_timm(global_pool=global_pool, fc_norm=fc_norm)
+        model = mone_from_vit(vit.state_dict(), num_attention_heads=2, pooling=pooling)
+        with torch.no_grad():
+            torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values), atol=1e-5, rtol=0)
+
+
 def test_the_norms_of_clip_in_a_state_dict():
     vit = make_timm("vit_base_patch16_clip_224")
     model = mone_from_vit(vit.state_dict(), num_attention_heads=2)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import BaseImageProcessor, BaseVideoProcessor, PreTrainedConfig, PreTrainedModel
 
@@ -83,6 +84,10 @@ def mone_from_vit(
             "a folder and a name on the Hub."
         )
     if isinstance(source, nn.Module):
+        source = extract_model_from_parallel(source, keep_torch_compile=False)
+        others = [key for key, value in source.state_dict().items() if not isinstance(value, torch.Tensor)]
+        if others:
+            raise ValueError(f"{name} holds values that are no tensors, {others[:3]}: convert it before quantisation.")
         if any(value.is_meta for value in source.state_dict().values()):
             raise ValueError(
                 f"Weights of {name} are on the meta device, not loaded or offloaded: load it to one device."
@@ -116,10 +121,12 @@ def tower_of_state(state: Mapping[str, torch.Tensor], name: str, config: Mapping
         return from_scenic(state, name)
     heads, size = config.get("num_attention_heads"), config.get("image_size")
     if any(key.startswith("blocks.0.") for key in state):
-        tower = from_timm(state, name, num_attention_heads=heads, image_size=size)
+        pooling = config.get("pooling")
+        tower = from_timm(state, name, num_attention_heads=heads, image_size=size, pooling=pooling)
+        others = ["pre-norm blocks"] if pooling else [f"pooling={tower.fields['pooling']}", "pre-norm blocks"]
     else:
-        tower = from_transformers(infer_config(state, heads, size), state, name)
-    guessed = [f"{key}={tower.fields[key]}" for key in STATED_FIELDS if key not in config]
+        tower, others = from_transformers(infer_config(state, heads, size), state, name), []
+    guessed = [f"{key}={tower.fields[key]}" for key in STATED_FIELDS if key not in config] + others
     if guessed:
         logger.warning("%s has weights only, which do not show all. Taken: %s.", name, ", ".join(guessed))
     tower.fields.update({key: config[key] for key in STATED_FIELDS if key in config})

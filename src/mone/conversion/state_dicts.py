@@ -30,19 +30,19 @@ SIGNS = [
     (ViTConfig, "embeddings.cls_token"),
 ]
 
-# Of DistributedDataParallel, of Lightning's modules, and of backbones inside other models.
-PREFIXES = ("module.", "model.", "backbone.")
+# Of torch.compile, of DistributedDataParallel, of Lightning's modules, and of backbones inside other models.
+PREFIXES = ("_orig_mod.", "module.", "model.", "backbone.")
 # Projections of pretraining beside a backbone, DINO's and iBOT's.
 PROJECTIONS = re.compile(r"(dino_|ibot_)?head\.(mlp|last_layer)\.")
 
 
 def strip_prefixes(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """A state dict without what all its keys begin with, where that only says what the model was a part of."""
-    for prefix in PREFIXES:
-        own = [key for key in state if not PROJECTIONS.match(key)]
-        if own and all(key.startswith(prefix) for key in own):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    own = [key for key in state if not PROJECTIONS.match(key)]
+    prefix = next((prefix for prefix in PREFIXES if own and all(key.startswith(prefix) for key in own)), None)
+    if prefix is None:
+        return state
+    return strip_prefixes({key.removeprefix(prefix): value for key, value in state.items()})
 
 
 def guess_heads(width: int) -> int:

@@ -35,15 +35,17 @@ def from_timm(
     model: nn.Module | None = None,
     num_attention_heads: int | None = None,
     image_size: int | tuple[int, int] | None = None,
+    pooling: str | None = None,
 ) -> Tower:
     """A tower from timm's state dict.
 
     Args:
         model: the `VisionTransformer` that it is of. Without it, what a state dict does not show is what most of
-            timm's have: exact GELU, epsilon 1e-6, square images, and the class token pooled where there is one and
-            no `fc_norm`.
+            timm's have: pre-norm blocks, exact GELU, epsilon 1e-6, square images, and the class token pooled where
+            there is one and no `fc_norm`.
         num_attention_heads: where there is no model; by default 64 features a head.
         image_size: where there is no model, and the patches are no square.
+        pooling: where there is no model, "cls" or "mean".
 
     Raises:
         ValueError: says what a MoNE cannot express.
@@ -76,7 +78,8 @@ def from_timm(
     if model is None:
         facts = {"num_attention_heads": num_attention_heads or guess_heads(width), "hidden_act": "gelu"}
         facts["layer_norm_eps"] = 1e-5 if "norm_pre.weight" in state else 1e-6  # CLIP's
-        pooling = "cls" if has_cls and "fc_norm.weight" not in state else "mean"
+        if not has_cls or pooling not in ("cls", "mean"):
+            pooling = "cls" if has_cls and "fc_norm.weight" not in state else "mean"
     else:
         facts, pooling = _facts(model, name)
     num_positions = positions.shape[1]
