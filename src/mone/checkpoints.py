@@ -85,7 +85,7 @@ class CheckpointMixin:
         if problems:
             hint = ""
             if all(map(replaceable, missing | extra | mismatched)):
-                hint = " Pass ignore_mismatched_sizes=True to make them anew."
+                hint = " Pass ignore_mismatched_sizes=True to create new ones."
             raise ValueError(
                 f"The checkpoint {source} of {', '.join(checkpoint_of) or 'an unknown model'} does not fit "
                 f"{type(self).__name__}. Weights {'; '.join(problems)}.{hint}"

@@ -160,7 +160,7 @@ class LabelledStream(torch.utils.data.IterableDataset):
 
     def _read(self, row: dict) -> dict:
         if not is_label(row["label"]):
-            raise ValueError(f"label={row['label']!r} is none.")
+            raise ValueError(f"label={row['label']!r} is not a label.")
         value = row[self._column]
         content = value["bytes"] if value["bytes"] is not None else value["path"].encode()
         seed = seed_of(self.seed, self._epoch.item(), zlib.crc32(content))

@@ -592,7 +592,7 @@ class MoNETrainer(Trainer):
         raise FloatingPointError(
             f"{what} step {step}, with capacity {', '.join(map(str, self.schedule(step)))} and learning rate "
             f"{self._get_learning_rate():g}. Training stops, and these weights are not saved. "
-            f"{describe_last_checkpoint(self.args.output_dir)} The same command would come to the same point again: "
+            f"{describe_last_checkpoint(self.args.output_dir)} The same command would fail at the same step again: "
             "lower the learning rate or max_grad_norm, or warm up for longer."
         )
 
