@@ -205,6 +205,10 @@ def test_every_allocation_is_a_capacity(allocation):
     assert resolve_capacity(allocation) == pytest.approx(allocation, abs=1e-12)
 
 
+def test_shares_that_were_typed_are_normalised():
+    assert math.fsum(resolve_capacity([0.3333, 0.3333, 0.3333, 0.0])) == pytest.approx(1.0, abs=1e-12)
+
+
 def test_sums_of_tenths_reach_the_ends():
     """`np.arange(0.2, 1.01, 0.1)` ends a bit above 1."""
     for capacity in np.arange(0.2, 1.01, 0.1):
