@@ -234,6 +234,14 @@ def test_router_in_half_precision(router_type, dtype):
         assert routing.gate.isfinite().all() and (routing.gate > 1).any()
 
 
+def test_tokens_of_half_precision_are_ranked_by_float32_probabilities():
+    """In bfloat16 many of the 196 tokens would share one probability, and the earlier of them would go first."""
+    torch.manual_seed(0)
+    router, counts = Router(32, 4).to(torch.bfloat16), (49,) * 4
+    routing = router(torch.randn(8, 196, 32).bfloat16(), counts)
+    assert torch.equal(routing.experts, expert_preferred_routing(routing.logits.float().softmax(-1), counts))
+
+
 # --- alpha ----------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +314,12 @@ def test_router_gets_gradients_from_the_gate_once_alpha_is_positive():
         assert router.alpha.grad.abs().item() > 0
         assert bool(router.proj.weight.grad.abs().max() > 0) == reaches
         assert bool(router.proj.bias.grad.abs().max() > 0) == reaches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_effective_alpha_of_half_precision_is_below_one(dtype):
+    """Where the upper end of its range itself would round to 1."""
+    assert make_router(alpha=5.0).to(dtype).effective_alpha() < 1
 
 
 def test_the_gate_of_double_precision_has_its_precision():

@@ -102,7 +102,7 @@ class Router(nn.Module):
             scores = torch.rand(shape, generator=generator, device=device).to(hidden_states.device)
             return Routing(scores, expert_preferred_routing(scores, token_counts), None)
         logits = self.proj(hidden_states)
-        # At least float32: in half precision many tokens would share one probability, and alpha * r would round to 0.
+        # At least float32: in half precision many tokens would share one probability, and position would decide.
         probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         if self.router_type == "argmax":
             experts = argmax_routing(probabilities)
