@@ -235,7 +235,9 @@ def test_attention_is_what_no_capacity_and_no_projection_explains(pooling, size)
     assert attention_macs(config, size) == count_macs(config, 1.0, size) - projections - others
 
 
-def test_attention_of_both_encoders_of_a_video_model():
+@pytest.mark.parametrize(("pooling", "spatial", "temporal"), [("mean", 36, 3), ("cls", 37, 4)])
+def test_attention_of_both_encoders_of_a_video_model(pooling, spatial, temporal):
+    """Each has a class token of its own."""
     fields = {"hidden_size": 48, "num_attention_heads": 4, "image_size": 48, "num_hidden_layers": 5}
-    config = MoNEViViTConfig(**fields, tubelet_size=(2, 8, 8), num_frames=6, num_temporal_layers=3)
-    assert attention_macs(config) == 2 * 48 * (3 * 5 * 36**2 + 3 * 3**2)
+    config = MoNEViViTConfig(**fields, tubelet_size=(2, 8, 8), num_frames=6, num_temporal_layers=3, pooling=pooling)
+    assert attention_macs(config) == 2 * 48 * (3 * 5 * spatial**2 + 3 * temporal**2)
