@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -417,11 +418,13 @@ def test_distillation_needs_classes(tmp_path):
         {"capacity_schedule": "anneal", "capacity": 0.2},
         {"capacity_schedule": "joint"},
         {"capacity": 0.25, "distill_from": "self"},
+        {"capacity": 0.25, "dataloader_drop_last": True},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_iso_flops_spends_what_the_dense_model_would(tmp_path, caplog, options):
-    """The budget is printed before training; the last batch of an epoch is smaller."""
+    """The budget is printed before training; the last batch of an epoch is smaller, or dropped."""
+    examples = 16 if options.get("dataloader_drop_last") else 21
     epochs = 20 if options.get("capacity_schedule") in ("uniform", "anneal") else 40  # a step is more than 1% of few
     trainer = make_trainer(
         tmp_path,
@@ -436,7 +439,7 @@ def test_iso_flops_spends_what_the_dense_model_would(tmp_path, caplog, options):
         trainer.train()
     (message,) = (record.getMessage() for record in caplog.records if "isoFLOPs" in record.getMessage())
     spent, budget = map(float, re.search(r"are ([\d.e+]+) multiply.* are ([\d.e+]+)\.$", message).groups())
-    assert budget == pytest.approx(3 * count_macs(trainer.model.config, 1.0) * 21 * epochs, rel=1e-5)
+    assert budget == pytest.approx(3 * count_macs(trainer.model.config, 1.0) * examples * epochs, rel=1e-5)
     assert trainer.state.total_flos / 2 == pytest.approx(spent, rel=1e-5)
     assert trainer.state.total_flos / 2 == pytest.approx(budget, rel=0.01)
     assert trainer.state.global_step == trainer.state.max_steps != 3 * epochs
@@ -485,6 +488,21 @@ def test_what_is_logged(tmp_path):
         assert log["images_per_second"] > 0
     assert logs[-1]["macs"] == trainer.state.total_flos / 2
     assert logs[0]["macs"] == 3 * 4 * sum(count_macs(trainer.model.config, capacity) for capacity in capacities[:4])
+
+
+def test_images_per_second_leave_evaluations_out(tmp_path, monkeypatch):
+    """By a clock that only the model moves: a second for a step of four images, far more for an evaluation."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    trainer = make_trainer(tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=1)
+
+    def pass_time(model, args):
+        now[0] += 1.0 if model.training else 100.0
+
+    trainer.model.register_forward_pre_hook(pass_time)
+    trainer.train()
+    speeds = [log["images_per_second"] for log in trainer.state.log_history if "images_per_second" in log]
+    assert speeds == pytest.approx([4.0, 4.0])
 
 
 @pytest.mark.parametrize("router_type", ["random", "argmax"])
