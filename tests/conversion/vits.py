@@ -2,6 +2,7 @@
 """Small ViTs of every family for the conversion tests, every parameter of them random."""
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -90,6 +91,8 @@ FAMILIES = {
     "siglip vision": (SiglipVisionModel, SiglipVisionConfig, {}),
 }
 
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
 
 def randomise(model: nn.Module) -> nn.Module:
     """Every parameter random: a zero or one hides a part that is not converted."""
@@ -125,3 +128,14 @@ def dense_output(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Te
         option["noise"] = order.expand(len(pixel_values), -1)
     output = tower(pixel_values, **option)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(PIXELS).logits
+
+
+def change(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
