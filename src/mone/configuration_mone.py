@@ -132,7 +132,8 @@ class MoNEConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise ValueError for fields that do not fit together.
 
-        Called when a config and when a model is made; before saving, transformers runs the `validate_*` hooks.
+        Called when a config and when a model is made. `validate()`, which `@strict` runs after this, and transformers
+        before saving, calls the same methods, but raises StrictDataclassClassValidationError, which is no ValueError.
         """
         self.validate_widths()
         self.validate_sizes()

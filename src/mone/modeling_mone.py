@@ -99,7 +99,7 @@ class MoNEImageClassifierOutput(ModelOutput):
     Output of [`MoNEForImageClassification`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, with `labels`):
+        loss (`torch.FloatTensor` of shape `()`, with `labels`):
             Classification or regression loss.
         logits (`torch.FloatTensor` of shape `(batch, num_labels)`):
             Scores before softmax or sigmoid.
@@ -600,7 +600,13 @@ class PositionedTokens(nn.Module):
 def resize_positions(
     positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
 ) -> torch.Tensor:
-    """Positions of one grid of (rows, columns) for another; those before the grid's stay as they are."""
+    """(1, P + N, D) -> (1, P + N', D): the positions of a grid of (rows, columns), interpolated for another grid.
+
+    Args:
+        positions: P that stay as they are, such as a class token's, before the N of `grid`.
+        grid, new_grid: (rows, columns), of N and N' patches.
+        antialias: filter when the new grid is smaller.
+    """
     cls_token, patches = positions.tensor_split([positions.shape[1] - grid[0] * grid[1]], dim=1)
     patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
     # float32: bicubic interpolation lacks half-precision kernels on some devices.
@@ -918,6 +924,15 @@ def classification_loss(
 
     With `num_items_in_batch` (labels in all micro-batches of a step, as Trainer counts them) the losses of the
     micro-batches sum to the loss of the whole batch. transformers does so for single-label losses only.
+
+    Args:
+        model: its config says which loss.
+        logits: (B, num_labels).
+        labels: (B,) class numbers, or values of one label; (B, num_labels) probabilities, 0 and 1, or values.
+        num_items_in_batch: see above; None for the mean over this batch.
+
+    Returns:
+        The loss, a scalar of shape ().
     """
     if model.config.problem_type == "single_label_classification" and labels.is_floating_point():
         loss = nn.functional.cross_entropy(logits, labels.to(logits))  # which transformers' loss does not take

@@ -27,6 +27,9 @@ def expert_preferred_routing(probabilities: torch.Tensor, token_counts: Sequence
     Returns:
         (..., N) int64, the expert of every token. Among equal probabilities the earlier token goes first.
         Assigned tokens are masked with -inf, not with the paper's 0, which would tie with a probability of 0.
+
+    Raises:
+        ValueError: unless `token_counts` are E numbers, none of them negative, that sum to N.
     """
     _check_counts(token_counts, probabilities)
     shape, device = probabilities.shape[:-1], probabilities.device
@@ -91,10 +94,15 @@ class Router(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, token_counts: Sequence[int], generator: torch.Generator | None = None
     ) -> Routing:
-        """Args:
-        hidden_states: (B, N, D), the tokens that enter the layer, before its norm.
-        token_counts: E integers, smallest expert first, that sum to N.
-        generator: source of a random router's scores; the global one by default.
+        """Assign every token to one expert.
+
+        Args:
+            hidden_states: (B, N, D), the tokens that enter the layer, before its norm.
+            token_counts: E integers, smallest expert first, that sum to N.
+            generator: source of a random router's scores; the global one by default.
+
+        Raises:
+            ValueError: `token_counts` do not fit, as in [`expert_preferred_routing`]. "argmax" ignores them.
         """
         if self.router_type == "random":
             device = hidden_states.device if generator is None else generator.device

@@ -15,6 +15,13 @@ from .schedules import CAPACITY_SCHEDULES
 
 @dataclass
 class MoNETrainingArguments(TrainingArguments):
+    """transformers' arguments and those of [`MoNETrainer`]; the help of each field says what it does.
+
+    Raises:
+        ValueError: a value that is out of range or does not go with another one; gives the values. Capacities are
+            checked by `check_capacities`, once the model is known.
+    """
+
     capacity: float | None = field(
         default=None,
         metadata={
