@@ -1225,7 +1225,7 @@ def test_adapters_are_refused_where_they_are_not_what_is_merged():
     attention = model.mone.layers[-1].attention
     attention.q_proj = Adapter(attention.q_proj)
     for capacity in (0.4, *ONE_HOTS[:-1]):
-        with pytest.raises(TypeError, match=r"Adapters are not nested.*capacity=1\.0"):
+        with pytest.raises(TypeError, match=r"PEFT adapters are not nested.*capacity=1\.0"):
             model(images, capacity=capacity)
     assert not torch.equal(model(images, capacity=1.0).logits, expected[1])
     attention.q_proj.disable_adapters = True

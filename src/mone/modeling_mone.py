@@ -147,9 +147,9 @@ class MoNEAttention(Packable):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N, B, D) -> update (N, B, d of the largest expert), and the attention weights (eager only).
 
-        With `batch_first` all are (B, N, ...), as in [`MoNELayer`]. With a `residual` (N, B, D), which needs that no
-        gradients are taken, the sum of both instead of the update; with `in_kernels` by those of `triton_linear`,
-        which must be possible.
+        With `batch_first` all tensors are (B, N, ...), as in [`MoNELayer`]. With a `residual` (N, B, D), allowed only
+        where no gradients are taken, the sum of both instead of the update. With `in_kernels` the projections run in
+        those of `triton_linear`; the caller has checked that this is possible.
         """
         packs = None if residual is None else self.usable_packs(hidden_states)
         if in_kernels:
@@ -169,7 +169,7 @@ class MoNEAttention(Packable):
             self.config._attn_implementation, eager_attention_forward
         )
         if in_kernels and attention_interface is sdpa_attention_forward:
-            # Which would copy the context to another order: its strides are as good.
+            # sdpa_attention_forward would copy the context into another memory layout; project_out reads it as it is.
             dropout = self.attention_dropout if self.training else 0.0
             context = nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, scale=self.scaling)
             context = context.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
@@ -217,26 +217,26 @@ class MoNEMLP(Packable):
         slices: tuple[Slice, ...],
         packs: tuple[PackedLinear, PackedLinear] | None = None,
     ) -> torch.Tensor:
-        """(N, B, D) -> update (N, B, d of the largest expert among the slices). `packs` serve one expert."""
+        """(N, B, D) -> update (N, B, d of the largest expert among the slices). `packs` take a single slice."""
         if packs is not None:
             ((_, _, d),) = slices
             if self.is_gelu:
                 return packs[1](packs[0](hidden_states, d, "gelu"), d)
             return packs[1](self.activation_fn(packs[0](hidden_states, d)), d)
         hidden_states = self.fc1(hidden_states, slices)
-        # Unless a hook may have kept them for a user to see.
+        # In place, unless a forward hook may have kept this tensor.
         in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
         if self.is_gelu and torch.is_grad_enabled() and is_untouched(self.fc2):
             return self.fc2(hidden_states, slices, after_gelu=True)
         if in_place and self.is_gelu:
-            torch.ops.aten.gelu_(hidden_states)  # in the cache; there is no public name
+            torch.ops.aten.gelu_(hidden_states)  # stays in the cache; there is no public name
         else:
             hidden_states = self.activation_fn(hidden_states)
         return self.fc2(hidden_states, slices)
 
     @property
     def is_gelu(self) -> bool:
-        """Whether the activation is the exact GELU, and nobody listens to it."""
+        """Whether the activation is the exact GELU, without hooks."""
         return type(self.activation_fn) is GELUActivation and is_unhooked(self.activation_fn)
 
     def add_in_kernels(
@@ -246,7 +246,7 @@ class MoNEMLP(Packable):
         gate: torch.Tensor | None,
         slices: tuple[Slice, ...],
     ) -> torch.Tensor:
-        """`residual + gate * self(hidden_states, slices)`, (N, B, D), in place; where `is_possible`."""
+        """`residual + gate * self(hidden_states, slices)`, (N, B, D), into `residual`; only where `is_possible`."""
         hidden_states = project_in(hidden_states, (self.fc1,), slices, gelu=self.is_gelu)
         if not self.is_gelu:
             hidden_states = self.activation_fn(hidden_states)
@@ -282,13 +282,15 @@ class MoNELayer(GradientCheckpointingLayer):
         batch_first: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Args:
-        hidden_states: (N, B, D).
-        gate: (N, B, 1) factor of the MLP's update, None for 1.
-        feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
-        slices: the experts' tokens and widths.
-        batch_first: all of these are (B, N, ...), and the one slice is of images. Where all tokens have one expert
-            there is nothing to sort, and no copy is made.
+        """(N, B, D) -> (N, B, D).
+
+        Args:
+            hidden_states: (N, B, D).
+            gate: (N, B, 1) factor of the MLP's update, None for 1.
+            feature_mask: (N, B, D) of 0 and 1 where the experts are not slices (arg-max routing), else None.
+            slices: the experts' tokens and widths.
+            batch_first: all tensors are (B, N, ...), and the single slice is a range of images. For when all tokens
+                have one expert: nothing is sorted, and nothing copied.
         """
         if feature_mask is not None or len(slices) > 1 or slices[0][2] < hidden_states.shape[-1]:
             check_adapters(*self.attention.children(), *self.mlp.children())
@@ -302,8 +304,8 @@ class MoNELayer(GradientCheckpointingLayer):
             update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
             return self._residual(hidden_states, update, feature_mask, gate, batch_first)
 
-        # For inference in place, and some rows after the other: their many hidden features are read again while
-        # they are in the cache; compilers, too, find more to fuse.
+        # In inference, update in place and one group of rows at a time: the wide hidden features are then still in
+        # the cache when fc2 reads them, and compilers find more to fuse.
         in_kernels = type(self.attention) is MoNEAttention and is_possible(
             hidden_states, slices, self.layernorm_before, *self.attention.children()
         )
@@ -338,12 +340,12 @@ class MoNELayer(GradientCheckpointingLayer):
         return hidden_states + update if gate is None else torch.addcmul(hidden_states, gate, update)
 
     def _drop_path(self, gate, hidden_states, batch_first):
-        """Stochastic depth, as another factor of an update."""
+        """Stochastic depth, as a factor of the update, beside the gate."""
         if not self.training or self.drop_path == 0:
             return gate
         shape = (hidden_states.shape[0], 1, 1) if batch_first else (1, hidden_states.shape[1], 1)
         kept = torch.rand(shape, device=hidden_states.device) >= self.drop_path
-        # Those kept count for those dropped, so that the expectation is what evaluation computes.
+        # Kept updates are scaled up, so that their expectation equals what evaluation computes.
         scale = (kept.to(hidden_states.dtype) / (1.0 - self.drop_path)).expand(*hidden_states.shape[:2], 1)
         return scale if gate is None else gate * scale
 
@@ -363,7 +365,7 @@ class EncoderOutput(ModelOutput):
 
     last_hidden_state: torch.FloatTensor | None = None
     token_orders: tuple[torch.LongTensor | None, ...] | None = None
-    """For each layer, the (B, sequence) order its tokens are in, or None for the original one, images first."""
+    """For each layer, the (B, sequence) order of its tokens, or None for the original one, images first."""
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
@@ -371,7 +373,10 @@ class EncoderOutput(ModelOutput):
 
 
 def as_constant(value):
-    """A number, or a sequence of numbers, as a constant of the graph: dynamo makes a symbol of the second it sees."""
+    """A number, or a sequence of numbers, as a constant of the graph.
+
+    Dynamo would turn it into a symbol when it sees a second value.
+    """
     if not torch.compiler.is_compiling():
         return value
     if isinstance(value, (list, tuple)):
@@ -380,7 +385,7 @@ def as_constant(value):
     return guard_scalar(value) if is_number else value
 
 
-# Dynamo does not trace SciPy: what it returns for a capacity is a constant of that capacity's graph.
+# Dynamo cannot trace SciPy. The counts are constants of the graph, of which each capacity has its own.
 @torch.compiler.assume_constant_result
 def _constant_counts(capacity, num_experts: int, delta: float, beta: float, num_tokens: int) -> tuple[int, ...]:
     return tokens_per_expert(resolve_capacity(capacity, num_experts, delta, beta), num_tokens)
@@ -421,7 +426,7 @@ def nested_encoder(
     slices = ((0, batch, config.hidden_size),)
     order, gate, feature_mask = None, None, None
     orders, router_logits, expert_indices = [], [], []
-    tokens = hidden_states.contiguous()  # the layers write into tensors like it
+    tokens = hidden_states.contiguous()  # the layers' outputs take its memory layout
     for index, layer in enumerate(layers):
         if index in routers:
             tokens = restore_order(tokens, order)
@@ -461,7 +466,7 @@ def expert_slices(config: MoNEConfig, counts: tuple[int, ...], num_prefix: int) 
     """Contiguous slices of a sequence sorted by expert, largest first. Experts without tokens have none."""
     slices, start = [], 0
     for expert in reversed(range(config.num_experts)):
-        # The prefix is at full width, so that it extends the slice of the largest expert.
+        # The prefix runs at full width: it extends the largest expert's slice.
         stop = start + counts[expert] + (num_prefix if expert == config.num_experts - 1 else 0)
         if stop > start:
             slices.append((start, stop, expert_widths(config)[expert]))
@@ -483,8 +488,9 @@ def expert_feature_mask(
 ) -> torch.Tensor:
     """(B, N) experts -> (B, num_prefix + N, D), 1 for the features that a token's expert works on.
 
-    Zeroing the input of a full projection is slicing it, and zeroing its output is padding the slice: the paper's
-    Extract and Pad, at the dense model's cost. Arg-max routing needs it, as its experts have no fixed size.
+    Zeroing the input of a full projection has the effect of slicing it, and zeroing its output that of padding the
+    slice: the paper's Extract and Pad, at the dense model's cost. Arg-max routing needs it, since its experts have no
+    fixed number of tokens.
     """
     last = config.num_experts - 1
     experts = nn.functional.pad(experts, (num_prefix, 0), value=last)
@@ -494,9 +500,9 @@ def expert_feature_mask(
 
 
 def take_tokens(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Batch first to token first, in an order: (B, N, ...) -> (N, B, ...), of x[b, order[b, n]] at [n, b].
+    """Reorder the tokens and put them first: (B, N, ...) -> (N, B, ...), with x[b, order[b, n]] at [n, b].
 
-    Without an order x itself, batch first.
+    Without an order, x itself, batch first.
     """
     if order is None:
         return x
@@ -534,7 +540,7 @@ def restore_recorded(
         )
     if attentions:
         attentions = tuple(
-            # (B, H, query, key): the queries first, then the keys.
+            # (B, H, query, key): restore the queries, then the keys.
             restore_order(restore_order(x.permute(2, 0, 1, 3), order).permute(3, 0, 1, 2), order).permute(0, 3, 2, 1)
             if order is not None
             else x
@@ -559,7 +565,7 @@ class MoNEPatchEmbeddings(nn.Module):
 
 
 class PositionedTokens(nn.Module):
-    """Learned positions for a grid of tokens, and before these the class token, if any, and the registers."""
+    """Learned positions of a grid of tokens, and the class and register tokens that lead it, where there are any."""
 
     def __init__(self, config: MoNEConfig, grid: tuple[int, int]):
         super().__init__()
@@ -698,11 +704,12 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
         """Lay the weights out for the matrix products of the experts on a CPU, and go to eval mode.
 
         The outputs stay the same at every capacity and batch size, to rounding, and so do saved files.
-        In float32, and bfloat16 where the CPU has it, weights are copied and packed for every expert, which takes 1.9
-        times the memory of the layers for four experts. Small batches use the copies, or weights stored input by
-        input, by what is faster on this machine, which it measures. `train()` undoes both; other weights or another
-        dtype put the copies out of use: call it again then. (A few weights changed through `.data` go unnoticed.)
-        Weights in shared memory, or views of a flat buffer, become tensors of their own.
+        In float32, and in bfloat16 where the CPU supports it, weights are copied and packed for every expert; for four
+        experts the copies take 1.9 times the memory of the layers. Small batches use the copies or the weights, stored
+        input by input, whichever a short measurement finds faster on this machine. `train()` undoes both. After other
+        weights are loaded, or the dtype changes, the copies are not used: call this again. (A change of a few weights
+        through `.data` goes unnoticed.) Weights in shared memory, or views of a flat buffer, become tensors of their
+        own.
 
         Returns:
             The model itself.
@@ -731,13 +738,13 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
 @torch.no_grad()
 def packs_win_with_few_rows(model: PreTrainedModel) -> bool:
-    """Whether the layers are faster with packed weights where there are few rows, as in one image: by timing both."""
+    """Whether packed weights make the layers faster at few rows, as of one image. Times both."""
     config, tokens = model.config, SHARED_ROWS // 2
     slices = expert_slices(config, tokens_per_expert((1 / config.num_experts,) * config.num_experts, tokens), 0)
     x = torch.zeros(tokens, 1, config.hidden_size, dtype=model.dtype)
     layers = [module for module in model.modules() if isinstance(module, MoNELayer)]
     seconds = {False: [], True: []}
-    # All layers, and in turn, so that weights come from memory as they will.
+    # All layers in turn, so that weights come from memory and not from the cache, as in use.
     for packed, times in [*seconds.items()] * 3:
         for layer in layers:
             layer.attention.packed_for_few_rows = layer.mlp.packed_for_few_rows = packed
@@ -748,7 +755,7 @@ def packs_win_with_few_rows(model: PreTrainedModel) -> bool:
     return min(seconds[True]) < min(seconds[False])
 
 
-# Of transformers' own; what it also has for language models, such as `is_causal`, would act on sorted tokens.
+# Keywords of transformers that make sense here; others, such as `is_causal`, would act on the sorted order.
 KEYWORDS = ("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict")
 
 
@@ -935,7 +942,7 @@ def classification_loss(
         The loss, a scalar of shape ().
     """
     if model.config.problem_type == "single_label_classification" and labels.is_floating_point():
-        loss = nn.functional.cross_entropy(logits, labels.to(logits))  # which transformers' loss does not take
+        loss = nn.functional.cross_entropy(logits, labels.to(logits))  # transformers' takes class numbers only
     else:
         loss = model.loss_function(labels, logits, model.config, num_items_in_batch=num_items_in_batch)
         if model.config.problem_type == "single_label_classification":

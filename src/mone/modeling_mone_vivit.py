@@ -198,7 +198,7 @@ class MoNEViViTModel(MoNEViViTPreTrainedModel):
         with_router_outputs = kwargs.pop("output_router_logits", getattr(config, "output_router_logits", False))
         encoded = self._encode(pixel_values, capacity, generator, **kwargs, return_dict=True)
 
-        # What was recorded is the spatial encoder's, with its input, and then the temporal encoder's.
+        # Recorded are the spatial encoder's input and layers, then the temporal encoder's layers.
         depth, clips = config.num_hidden_layers, (pixel_values.shape[0], -1)
         states, weights = encoded.hidden_states, encoded.attentions
         spatial_states, spatial_weights = restore_recorded(

@@ -4,8 +4,8 @@
 An in-projection reads the first d features of an expert's tokens, with the first d columns of its weight; an
 out-projection writes the first d features, with the first d rows.
 
-Tokens come token by token and not image by image, (N, B, D), sorted by expert, largest first. So each expert's tokens
-are one block of rows in memory; and the tokens that have a feature at all, those of the experts wide enough, are the
+Tokens lie token by token and not image by image, (N, B, D), sorted by expert, largest first. So each expert's tokens
+are one block of rows in memory; and the tokens that have a given feature, those of experts wide enough for it, are the
 first rows. A projection is then a few matrix products that read their operands where they are and write their results
 where they belong: nothing is copied or masked.
 
@@ -35,7 +35,7 @@ _HOOKS_OF_ALL_MODULES = (
     *(_global_backward_hooks, _global_backward_pre_hooks),
 )
 
-# Up to so many rows, experts share products. See `blocks`.
+# Up to this many rows, experts share matrix products. See `blocks`.
 SHARED_ROWS = 400
 
 
@@ -60,9 +60,9 @@ class NestedOut(nn.Linear):
         """(N, B, I) -> (N, B, d of the largest expert among the slices).
 
         Args:
-            x: need not be contiguous. Gradients are taken with this very tensor, so that no copy of it is kept.
+            x: need not be contiguous. This very tensor is kept for the gradients, and no contiguous copy.
             residual: (N, B, D) to add, so that the result is (N, B, D); only where no gradients are taken.
-            after_gelu: project GELU(x), which is computed again for the gradients instead of kept.
+            after_gelu: project GELU(x), which is not kept for the gradients but computed again.
         """
         width = slices[0][2]
         if residual is not None:
@@ -89,7 +89,7 @@ def nested_in(
     if len(slices) == 1 and slices[0][2] == weight.shape[1]:
         return nn.functional.linear(x, weight, bias)
     if is_traced() or not is_plain(weight):
-        # Flat, since a product of three axes copies its operand.
+        # Flat, since a product with three axes would copy its operand.
         parts = (
             nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), weight[:, :d], bias) for start, stop, d in slices
         )
@@ -103,10 +103,10 @@ def nested_in(
 def nested_in_together(
     x: torch.Tensor, modules: tuple[NestedIn, ...], slices: tuple[Slice, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """(N, B, D) -> (N, B, O) for each of these projections of one input, which have a bias all, or none.
+    """(N, B, D) -> (N, B, O) for each of these projections of one input; all have a bias, or none.
 
-    In training, where the copy of the weights does not count, they are one: fewer and larger products, and one
-    gradient of the input instead of one each to add up.
+    In training, where joining their weights costs little, they run as one: fewer and larger products, and one gradient
+    of the input instead of several to add up.
     """
     if not modules[0].training or is_traced() or not all(is_untouched(module) for module in modules):
         return tuple(module(x, slices) for module in modules)
@@ -116,16 +116,16 @@ def nested_in_together(
 
 
 def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
-    """Store the weight input by input: the same values and shape, in another order in memory.
+    """Store the weight input by input: the same values and shape, in another memory layout.
 
-    An expert's part of an in-projection is then one piece, and small products are faster with either kind.
+    An expert's part of an in-projection is then contiguous, and small products are faster for both kinds.
     """
     if is_plain(module.weight) and not module.weight.is_inference():
         module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def widen(update: torch.Tensor, width: int) -> torch.Tensor:
-    """(N, B, d) -> (N, B, width), with zeros where the larger experts have no tokens."""
+    """(N, B, d) -> (N, B, width), with zeros for the features of larger experts, which have no tokens."""
     missing = width - update.shape[-1]
     return nn.functional.pad(update, (0, missing)) if missing else update
 
@@ -135,31 +135,31 @@ def check_adapters(*modules: nn.Module) -> None:
     for module in modules:
         if "base_layer" in module._modules and not (module.merged or module.disable_adapters):
             raise TypeError(
-                "Adapters are not nested: to small experts they are another function than once they are merged. Train "
-                "and run them at capacity=1.0, and merge them (merge_and_unload) for smaller ones."
+                "PEFT adapters are not nested: below capacity 1.0 an unmerged adapter would compute something else "
+                "than after merging. Train and run them at capacity=1.0, or merge them first (merge_and_unload)."
             )
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody listens to this projection (hooks) or has put another in its place (adapters, quantisation)."""
+    """Whether the projection has no hooks and was not replaced, as by an adapter, nor its weight quantised."""
     return type(module) in (NestedIn, NestedOut) and is_plain(module.weight) and is_unhooked(module)
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Whether it is no type of its own, as quantised weights are, that may know linear layers and cuts only."""
+    """Whether the weight is an ordinary tensor; types of quantised ones may know only linear layers and slices."""
     return type(weight) in (nn.Parameter, torch.Tensor)
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward`, which Accelerate's hooks replace, and nothing else."""
+    """Whether a call runs the `forward` of the module's class, which Accelerate's hooks replace, and nothing else."""
     own_hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return "forward" not in module.__dict__ and not any(own_hooks) and not any(_HOOKS_OF_ALL_MODULES)
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook sees what the module computes, or another function computes it.
+    """Whether a hook sees what the module reads or computes, or its `forward` was replaced.
 
-    transformers' own hooks record outputs, change nothing and stay on.
+    transformers' own hooks do not count: they only record outputs, and stay once they are there.
     """
     if "forward" in module.__dict__:
         return True
@@ -168,16 +168,16 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler looks on: it plans memory itself, and gets the same products as plain operators."""
+    """Whether a compiler traces the model: it plans memory itself, and gets the same products as plain operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _autocasts(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # which the meta device does not know
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # meta has no autocast
 
 
 def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """What autocast does to the operands of a linear layer, which it does not know these to be."""
+    """Cast operands as autocast does those of linear layers; it cannot tell that these are some."""
     device = tensors[0].device
     if not _autocasts(device):
         return tensors
@@ -186,8 +186,8 @@ def _autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def groups(slices: tuple[Slice, ...], batch: int) -> list[tuple[Slice, ...]]:
-    """Consecutive slices that share products: as many as have `SHARED_ROWS` rows together, at least one."""
-    if is_traced():  # a graph for one batch size may serve all
+    """Groups of consecutive slices that share products, each of up to `SHARED_ROWS` rows or of one slice."""
+    if is_traced():  # one graph may serve all batch sizes
         return [(expert,) for expert in slices]
     found = [[slices[0]]]
     for expert in slices[1:]:
@@ -202,9 +202,10 @@ def groups(slices: tuple[Slice, ...], batch: int) -> list[tuple[Slice, ...]]:
 def blocks(slices: tuple[Slice, ...], batch: int) -> list[tuple[int, int, int, int]]:
     """Row ranges and feature ranges (start, stop, low, high) of which the slices consist, without overlap.
 
-    Some rows and the features that they all have: the smallest expert's features for all of the group's rows, those
-    that the next one adds for all but its rows, and so on. With few rows this reads every weight once and makes
-    larger products than one for each expert; with many it would write the results of an in-projection more often.
+    Each block is a range of rows and the features that all of them have. The first covers all rows of a group and the
+    smallest expert's features; the next all rows but the smallest expert's and the features that the next larger
+    expert adds; and so on. With few rows this reads every weight once and makes larger products than one for each
+    expert would be; with many rows it would write the results of an in-projection more often.
     """
     found = []
     for group in groups(slices, batch):
@@ -252,7 +253,7 @@ def expand(
 def add_expanded(
     residual: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, slices: tuple[Slice, ...]
 ) -> torch.Tensor:
-    """`residual + expand(x, ...)`, (N, B, D), without a tensor for what is added."""
+    """`residual + expand(x, ...)`, (N, B, D), without a temporary for the second summand."""
     y = torch.empty_like(residual)
     for start, stop, d in slices:
         torch.add(residual[start:stop, :, :d], bias[:d], out=y[start:stop, :, :d])
@@ -264,8 +265,8 @@ def add_expanded(
     return y
 
 
-# Gradients are written out for the same reason as the products: autograd's would fill a zero tensor of full size for
-# every slice of an operand, and add them up.
+# Gradients are written by hand for the same reason as the products: autograd would fill a zero tensor of full size for
+# every slice of an operand, and add them all up.
 
 
 class _NestedIn(torch.autograd.Function):

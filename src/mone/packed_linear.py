@@ -82,8 +82,8 @@ def _sample(weight: torch.Tensor, count: int = 16) -> torch.Tensor:
 class Packable(nn.Module):
     """A module whose first projections and last projection can be packed.
 
-    Training undoes it, and how weights lie in memory. With other weights, under autocast and with hooks on the
-    projections it is not used.
+    `train()` drops the copies and restores the weights' usual memory layout. With other weights, under autocast and
+    with hooks on the projections the copies are not used.
     """
 
     packed: tuple[PackedLinear, PackedLinear] | None = None

@@ -122,7 +122,7 @@ class Router(nn.Module):
     def effective_alpha(self) -> torch.Tensor:
         """Alpha clamped to [0, 1), straight-through: the gradient passes, so that alpha can come back into range."""
         alpha = self.alpha.to(torch.promote_types(self.alpha.dtype, torch.float32))
-        # In this order, a zero is added to the clamped value and no bit of it is lost.
+        # In this order exactly 0 is added to the clamped value, so that no bit of it is lost.
         return alpha.detach().clamp(0.0, ALPHA_MAX) + (alpha - alpha.detach())
 
     def project_alpha_(self) -> None:
