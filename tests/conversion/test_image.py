@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import BitImageProcessor
-from vits import change, dense_output, logits, make_vit, randomise
+from vits import PIXELS, change, dense_output, logits, make_vit, randomise
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.conversion import load_image_model, load_image_model_and_processor, mone_from_vit
@@ -21,6 +21,20 @@ def test_a_model_without_its_values():
     vit = make_vit("vit")
     vit.vit.layers[1].to("meta")
     with pytest.raises(ValueError, match="Weights of this ViTForImageClassification are on the meta device"):
+        mone_from_vit(vit)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_wrapped_model(wrap):
+    vit = make_vit("vit")
+    torch.testing.assert_close(logits(mone_from_vit(wrap(vit))), dense_output(vit, PIXELS), atol=1e-5, rtol=0)
+
+
+def test_a_quantised_model():
+    vit = make_vit("vit")
+    vit.register_buffer("scales", torch.zeros(1))
+    vit._register_state_dict_hook(lambda module, state, *args: state.update(scales=(torch.qint8, None)))
+    with pytest.raises(ValueError, match=r"values that are no tensors, \['scales'\]: convert it before quantisation"):
         mone_from_vit(vit)
 
 

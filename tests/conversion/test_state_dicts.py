@@ -29,7 +29,7 @@ def test_the_keys_of_a_state_dict_with_another_prefix_are_listed(name):
         mone_from_vit(state, num_attention_heads=4)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module.model.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module.model.", "module._orig_mod.backbone."])
 def test_timm_weights_as_training_saves_them(tmp_path, prefix):
     timm = pytest.importorskip("timm")
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=64, num_heads=1, img_size=32, num_classes=3)
