@@ -4,35 +4,12 @@
 Not `test_sources.py`, of which there is one in `tests/conversion`: pytest wants module names that differ.
 """
 
-import logging
-import math
-
 import numpy as np
 import pytest
-import torch
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image
 from pictures import picture, write_folder, write_parquet
 
-from mone.data import LabelledExamples, collate_examples, load_image_datasets
-
-
-def test_a_class_that_validation_lacks_is_named(tmp_path, cache, caplog):
-    with caplog.at_level(logging.WARNING):
-        load_image_datasets(
-            train_dir=write_folder(tmp_path / "train", ["cat", "dog", "emu"], per_class=1),
-            validation_dir=write_folder(tmp_path / "validation", ["dog", "emu"], per_class=1),
-            cache_dir=cache,
-        )
-    assert "The validation set has no examples of 1 of the 3 classes: cat." in caplog.text
-
-
-def test_a_class_that_only_validation_has(tmp_path, cache):
-    with pytest.raises(ValueError, match=r"validation set has the classes \['fox'\].*\['cat', 'dog'\]"):
-        load_image_datasets(
-            train_dir=write_folder(tmp_path / "train", ["cat", "dog"]),
-            validation_dir=write_folder(tmp_path / "validation", ["cat", "fox"]),
-            cache_dir=cache,
-        )
+from mone.data import load_image_datasets
 
 
 def test_a_class_of_one_example_may_be_held_out(tmp_path, cache):
@@ -93,28 +70,6 @@ def test_held_out_split_is_reproducible(tmp_path, cache):
     assert np.array_equal(*pixels)
 
 
-@pytest.mark.parametrize(
-    ("labels", "feature", "names"),
-    [
-        ([1, 0, 1], ClassLabel(names=["b", "a"]), ["b", "a"]),
-        (["x", "y", "x"], Value("string"), ["x", "y"]),
-        ([10, 9, 10], Value("int64"), ["9", "10"]),  # numbers in the order of numbers, not of their digits
-        (["²", "1", "²"], Value("string"), ["1", "²"]),  # which is a digit, but no number
-    ],
-)
-def test_parquet_labels_of_every_kind(tmp_path, cache, labels, feature, names):
-    splits = load_image_datasets(
-        train_file=write_parquet(tmp_path / "train.parquet", labels, feature),
-        validation_file=write_parquet(tmp_path / "validation.parquet", labels, feature),
-        cache_dir=cache,
-    )
-    for split in splits.values():
-        assert split.features["label"].names == names
-        original = [names[label] if isinstance(feature, ClassLabel) else str(label) for label in labels]
-        assert [names[label] for label in split["label"]] == original
-        assert np.array_equal(np.asarray(split[2]["image"]), np.asarray(picture(2)))
-
-
 def test_columns_by_name_and_the_error_that_lists_them(tmp_path, cache):
     file = write_parquet(tmp_path / "t.parquet", [0, 1], ClassLabel(names=["a", "b"]), "img", "fine_label")
     splits = load_image_datasets(train_file=file, validation_split=0, label_column="fine_label", cache_dir=cache)
@@ -122,14 +77,6 @@ def test_columns_by_name_and_the_error_that_lists_them(tmp_path, cache):
     assert set(splits["train"].column_names) == {"image", "label"}
     with pytest.raises(ValueError, match=r"--label_column='label'.*\['img', 'fine_label'\]"):
         load_image_datasets(train_file=file, cache_dir=cache)
-
-
-def test_labels_of_an_existing_model(tmp_path, cache):
-    """Evaluation only: the numbers are the model's, whatever classes the folder happens to have."""
-    splits = load_image_datasets(
-        validation_dir=write_folder(tmp_path / "v", ["dog"]), label_names=["emu", "dog"], cache_dir=cache
-    )
-    assert set(splits["validation"]["label"]) == {1}
 
 
 def test_sources_that_are_no_source(tmp_path, cache):
@@ -156,39 +103,6 @@ def test_a_folder_without_images(tmp_path, cache):
         load_image_datasets(train_dir=str(tmp_path / "empty"), cache_dir=cache)
 
 
-@pytest.mark.parametrize(
-    ("labels", "feature"),
-    [
-        ([0, None, 1], "int64"),
-        ([0.0, math.nan, 1.0], "float32"),
-        ([0.0, -1.0, 1.0], "float32"),
-        (["a", "", "b"], "string"),
-        (["a", " ", "b"], "string"),
-    ],
-)
-def test_a_row_without_a_label(tmp_path, cache, labels, feature):
-    file = write_parquet(tmp_path / "t.parquet", labels, Value(feature))
-    with pytest.raises(ValueError, match=f"Row 1 of the train set has no label: {labels[1]!r}"):
-        load_image_datasets(train_file=file, validation_split=0, cache_dir=cache)
-    with pytest.raises(ValueError, match=f"Row 1 of .*t.parquet has no label: {labels[1]!r}"):
-        load_image_datasets(train_file=file, streaming=True)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_two_columns_of_labels(tmp_path, cache, streaming):
-    file = str(tmp_path / "two.parquet")
-    label = ClassLabel(names=["a", "b"])
-    Dataset.from_dict(
-        {"image": [picture(0), picture(1)], "label": [0, 1], "labels": [1, 0]},
-        features=Features({"image": Image(), "label": label, "labels": label}),
-    ).to_parquet(file)
-    options = {"train_file": file, "validation_split": 0, "cache_dir": cache, "streaming": streaming}
-    with pytest.raises(ValueError, match="two columns, label and labels: say which by --label_column"):
-        load_image_datasets(**options)
-    split = load_image_datasets(**options, label_column="label")["train"]
-    assert [row["label"] for row in split] == [0, 1]
-
-
 def test_several_files_patterns_and_folders(tmp_path, cache):
     (tmp_path / "shards" / "deeper").mkdir(parents=True)
     label = ClassLabel(names=["a", "b"])
@@ -208,29 +122,6 @@ def test_several_files_patterns_and_folders(tmp_path, cache):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no parquet files"):
         load_image_datasets(train_file=str(tmp_path / "empty"))
-
-
-@pytest.mark.parametrize(
-    ("labels", "feature"),
-    [
-        ([[0, 2], [], [1]], List(ClassLabel(names=["a", "b", "c"]))),
-        ([["a", "c"], [], ["b"]], List(Value("string"))),
-        ([[0, 2], [], [1]], List(Value("int64"))),
-    ],
-)
-def test_any_number_of_labels(tmp_path, cache, labels, feature):
-    file = write_parquet(tmp_path / "train.parquet", labels, feature, label_column="labels")
-    split = load_image_datasets(train_file=file, validation_split=0, cache_dir=cache)["train"]
-    assert list(split["label"]) == [[0, 2], [], [1]]
-    assert split.features["label"].feature.names == (
-        ["0", "1", "2"] if feature.feature == Value("int64") else list("abc")
-    )
-    data = LabelledExamples(split, lambda image: torch.zeros(1), num_labels=3)
-    batch = collate_examples([data[i] for i in range(3)])
-    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
-    broken = write_parquet(tmp_path / "broken.parquet", [[0], [1, None]], List(Value("int64")))
-    with pytest.raises(ValueError, match="Row 1 of the train set has no label"):
-        load_image_datasets(train_file=broken, validation_split=0, cache_dir=cache)
 
 
 def test_images_at_any_depth_belong_to_their_first_folder(tmp_path, cache):

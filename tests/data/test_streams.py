@@ -4,6 +4,8 @@
 import io
 import itertools
 import logging
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import datasets
 import numpy as np
@@ -56,6 +58,15 @@ def number_and_noise(image) -> torch.Tensor:
 def stream_of(folder, **options) -> LabelledStream:
     splits = load_image_datasets(train_file=str(folder / "*.parquet"), streaming=True)
     return LabelledStream(splits["train"], number_and_noise, 3, **{"batch_size": 4, "buffer_size": 5, **options})
+
+
+def test_workers_that_are_spawned_get_it(tmp_path):
+    """Pickled, also where it numbers labels that have no names."""
+    folder = write_shards(tmp_path, label=lambda number: "ba"[number % 2], feature=Value("string"))
+    stream = stream_of(folder)
+    again = pickle.loads(ForkingPickler.dumps(stream))
+    for one, other in zip(stream, again, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["labels"] == other["labels"]
 
 
 def numbers(examples) -> list[int]:

@@ -10,23 +10,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    List,
-    SplitDict,
-    SplitInfo,
-    load_dataset,
-)
+from datasets import Dataset, DatasetDict, Features, IterableDataset, SplitDict, SplitInfo, load_dataset
 from datasets.features.features import FeatureType
+
+from .labels import Split, classes_of, default_label_column, with_class_labels, with_class_labels_of_streams
 
 
 logger = logging.getLogger(__name__)
-
-Split = Dataset | IterableDataset
 
 
 def load_labelled_datasets(
@@ -124,13 +114,13 @@ def load_labelled_datasets(
         if split in splits
     }
     if streaming:
-        return _with_class_labels_of_streams(splits, label_names, {} if dataset_name else files, label_column)
+        return with_class_labels_of_streams(splits, label_names, {} if dataset_name else files, label_column)
     if "train" in splits and "validation" not in splits and validation_split > 0:
         # After the classes are known: one of few examples may be in one of the two only.
-        numbered = _with_class_labels(splits, label_names)["train"]
+        numbered = with_class_labels(splits, label_names)["train"]
         held_out = numbered.train_test_split(validation_split, seed=seed)
         return DatasetDict(train=held_out["train"], validation=held_out["test"])
-    return _with_class_labels(splits, label_names)
+    return with_class_labels(splits, label_names)
 
 
 def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[str, str]]:
@@ -221,13 +211,12 @@ def _check_parquet(files: list[str], label_column: str | None) -> tuple[list[str
         filled.append(file)
         count += content.metadata.num_rows
         features = Features.from_arrow_schema(content.schema_arrow)
-        feature = features.get(label_column or _default_label_column(features))
-        feature = feature.feature if isinstance(feature, List) else feature
-        if isinstance(feature, ClassLabel):
-            first = first or (file, feature.names)
-            if feature.names != first[1]:  # by which `datasets` reads all of them
+        classes = classes_of(features.get(label_column or default_label_column(features)))
+        if classes is not None:
+            first = first or (file, classes.names)
+            if classes.names != first[1]:  # by which `datasets` reads all of them
                 raise ValueError(
-                    f"{file} numbers its classes otherwise than {first[0]}: {feature.names[:5]}, ... and "
+                    f"{file} numbers its classes otherwise than {first[0]}: {classes.names[:5]}, ... and "
                     f"{first[1][:5]}, ... Write them with one list of classes."
                 )
     if not filled:
@@ -272,7 +261,7 @@ def _with_columns(
         raise ValueError("The columns of this stream are not known: load it without --streaming.")
     found = [key for key, value in split.features.items() if isinstance(value, type(feature))]
     column = column or (found[0] if len(found) == 1 else name)
-    label_column = label_column or _default_label_column(split.features)
+    label_column = label_column or default_label_column(split.features)
     for option, key in ((f"{name}_column", column), ("label_column", label_column)):
         if key not in split.features:
             raise ValueError(f"--{option}={key!r} is not among the columns {list(split.features)}: name one of them.")
@@ -280,138 +269,3 @@ def _with_columns(
     split = split.cast_column(column, feature).select_columns([column, label_column])
     renames = {column: name, label_column: "label"}
     return split.rename_columns({old: new for old, new in renames.items() if old != new})
-
-
-def _default_label_column(columns: Iterable[str]) -> str:
-    found = {"label", "labels"} & set(columns)
-    if len(found) == 2:
-        raise ValueError("There are two columns, label and labels: say which by --label_column.")
-    return found.pop() if found else "label"
-
-
-def class_label(split: Split) -> ClassLabel | None:
-    """The classes of the column "label", whose rows hold one of them, or a list; None where they have no names."""
-    feature = split.features["label"]
-    feature = feature.feature if isinstance(feature, List) else feature
-    return feature if isinstance(feature, ClassLabel) else None
-
-
-def is_multi_label(split: Split) -> bool:
-    """Whether a row of the column "label" is a list of classes."""
-    return isinstance(split.features["label"], List)
-
-
-def _with_class_labels(splits: dict[str, Dataset], label_names: list[str] | None) -> DatasetDict:
-    """Labels as class numbers with names, the same in every split."""
-    for name, split in splits.items():
-        for row, label in enumerate(split["label"]):
-            if not is_label(label):
-                raise ValueError(f"Row {row} of the {name} set has no label: {label!r}.")
-        if class_label(split) is None:
-            splits[name] = _renumber(split, _names(split["label"]))
-    expected = _expected_names({name: class_label(split).names for name, split in splits.items()}, label_names)
-    return DatasetDict(
-        {
-            name: split if class_label(split).names == expected else _renumber(split, expected)
-            for name, split in splits.items()
-        }
-    )
-
-
-def _with_class_labels_of_streams(
-    splits: dict[str, IterableDataset],
-    label_names: list[str] | None,
-    files: dict[str, list[str]],
-    label_column: str | None,
-) -> dict[str, IterableDataset]:
-    """As `_with_class_labels`; where the classes have no names, of files their labels alone are read to find them."""
-    names = {}
-    for name, split in splits.items():
-        if class_label(split) is not None:
-            names[name] = class_label(split).names
-        elif name in files:
-            names[name] = _names(_labels_of(files[name], label_column))
-        else:
-            raise ValueError(
-                f"--streaming needs class names: the label column of the {name} set must be a ClassLabel or a list of "
-                f"ClassLabel, not {split.features['label']!r}. Load it without --streaming."
-            )
-    expected = _expected_names(names, label_names)
-    return {
-        name: _renumber_stream(split, expected) if class_label(split) is None or names[name] != expected else split
-        for name, split in splits.items()
-    }
-
-
-def _expected_names(names: dict[str, list[str]], label_names: list[str] | None) -> list[str]:
-    """The classes of all splits, in order."""
-    expected = label_names or next(iter(names.values()))
-    for name, found in names.items():
-        unknown = sorted(set(found) - set(expected))
-        if unknown:
-            raise ValueError(f"The {name} set has the classes {unknown}, which are not among {expected}.")
-        missing = sorted(set(expected) - set(found))
-        if missing:
-            logger.warning(
-                "The %s set has no examples of %d of the %d classes: %s.",
-                *(name, len(missing), len(expected), ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else "")),
-            )
-    return expected
-
-
-def _labels_of(files: list[str], label_column: str | None) -> Iterable:
-    for file in files:
-        column = label_column or _default_label_column(pq.read_schema(file).names)
-        for row, label in enumerate(pq.read_table(file, columns=[column])[column].to_pylist()):
-            if not is_label(label):
-                raise ValueError(f"Row {row} of {file} has no label: {label!r}.")
-            yield label
-
-
-def _names(labels: Iterable) -> list[str]:
-    return sorted({str(part) for label in labels for part in _as_list(label)}, key=_numbers_first)
-
-
-def is_label(label) -> bool:
-    """Whether it is one, or a list of any number of them; -1 stands for a label that is kept back, NaN for none."""
-    return label is not None and all(
-        part is not None
-        and part == part
-        and not (isinstance(part, (int, float)) and part < 0)
-        and not (isinstance(part, str) and not part.strip())
-        for part in _as_list(label)
-    )
-
-
-def _as_list(label) -> list:
-    return label if isinstance(label, list) else [label]
-
-
-def _renumbering(split: Split, names: list[str]) -> tuple[Callable, FeatureType]:
-    """What turns a label of the split into one, or a list, of `names`, and the feature of the result."""
-    old, new = class_label(split), ClassLabel(names=names)
-    text = str if old is None else old.int2str
-
-    def number(label):
-        numbers = [new.str2int(text(part)) for part in _as_list(label)]
-        return numbers if isinstance(label, list) else numbers[0]
-
-    return number, List(new) if is_multi_label(split) else new
-
-
-def _renumber(split: Dataset, names: list[str]) -> Dataset:
-    """`split` with its labels as numbers of `names`."""
-    number, feature = _renumbering(split, names)
-    labels = [number(label) for label in split["label"]]
-    return split.remove_columns("label").add_column("label", labels, feature=feature)
-
-
-def _renumber_stream(split: IterableDataset, names: list[str]) -> IterableDataset:
-    number, feature = _renumbering(split, names)
-    features = split.features.copy()
-    features["label"] = feature
-    return split.map(lambda label: {"label": number(label)}, input_columns="label", features=features)
-
-
-def _numbers_first(label: str) -> tuple:
-    return (0, int(label), "") if label.isdecimal() else (1, 0, label)

@@ -19,7 +19,8 @@ from .examples import (
     target,
     transform_with_seed,
 )
-from .sources import count_rows, is_label
+from .labels import is_label
+from .sources import count_rows
 
 
 logger = logging.getLogger(__name__)

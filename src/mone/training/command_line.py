@@ -20,7 +20,8 @@ from transformers.trainer_utils import set_seed
 
 from ..configuration_mone import MoNEConfig
 from ..data import LabelledExamples, LabelledStream, collate_examples, measure_input
-from ..data.sources import Split, class_label, count_rows, is_multi_label, with_count
+from ..data.labels import Split, class_label, is_multi_label
+from ..data.sources import count_rows, with_count
 from ..flops import count_macs
 from .arguments import MoNETrainingArguments
 from .metrics import classification_metrics
