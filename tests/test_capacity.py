@@ -122,10 +122,11 @@ def test_solver_rejects_bad_beta(beta):
         solve_capacity_distribution(0.4, beta=beta)
 
 
+@pytest.mark.parametrize("function", [relative_widths, uniform_allocation, proportionate_allocation])
 @pytest.mark.parametrize("num_experts", [0, -1, 2.5, True, "4", None])
-def test_number_of_experts_is_checked(num_experts):
+def test_number_of_experts_is_checked(function, num_experts):
     with pytest.raises(ValueError, match="num_experts"):
-        relative_widths(num_experts)
+        function(num_experts)
 
 
 def test_relative_widths_are_powers_of_two_smallest_first():

@@ -119,7 +119,8 @@ def one_hot_allocation(expert: int, num_experts: int = 4) -> tuple[float, ...]:
 
 def uniform_allocation(num_experts: int = 4) -> tuple[float, ...]:
     """The same share for every expert (Table 2, "Uniform"); e_c = 0.469 for four experts."""
-    return (1.0 / num_experts,) * len(relative_widths(num_experts))
+    widths = relative_widths(num_experts)
+    return (1.0 / len(widths),) * len(widths)
 
 
 def proportionate_allocation(num_experts: int = 4) -> tuple[float, ...]:
