@@ -10,6 +10,7 @@ RMS norms to delete channels; here the rotation may not touch the mean, and noth
 
 import logging
 
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -166,14 +167,6 @@ def principal_rotation(moments: torch.Tensor) -> torch.Tensor:
         moments: (D, D) second moments, about 0 and not about the mean: for an expert that lacks a channel, this
             channel's mean is missing like the rest of it.
     """
-    basis = helmert(len(moments)).to(moments)
+    basis = torch.from_numpy(scipy.linalg.helmert(len(moments)).T).to(moments)  # (D, D - 1), orthogonal to the ones
     components = basis @ torch.linalg.eigh(basis.T @ moments @ basis).eigenvectors.flip(1)  # eigh's are ascending
     return basis @ components.T + 1 / len(moments)
-
-
-def helmert(width: int) -> torch.Tensor:
-    """(D, D - 1) orthonormal columns, all orthogonal to the ones, of which number k is 0 behind channel k + 1."""
-    k = torch.arange(1, width, dtype=torch.float64)
-    columns = torch.ones(width, width - 1, dtype=torch.float64).triu()
-    columns[torch.arange(1, width), torch.arange(width - 1)] = -k
-    return columns / (k * (k + 1)).sqrt()
