@@ -410,13 +410,13 @@ def quantize_onnx(path: str | os.PathLike, destination: str | os.PathLike) -> No
         )
 
 
-def onnx_session(path: str | os.PathLike, threads: int | None = None):
-    """An ONNX Runtime session on the CPU, with as many threads as torch by default, which rest between calls."""
+def onnx_session(path: str | os.PathLike):
+    """An ONNX Runtime session on the CPU, with as many threads as torch, which rest between calls."""
     _require("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
 

@@ -12,6 +12,10 @@ from torch import nn
 from .nested_linear import SHARED_ROWS, NestedIn, NestedOut, is_plain, is_traced, is_untouched
 
 
+# Values of a weight that are kept to notice another one.
+NUM_SAMPLES = 16
+
+
 class PackedLinear:
     """Projections of one input side by side, as oneDNN packs them for the products of every expert.
 
@@ -73,9 +77,9 @@ class PackedLinear:
         return linear(x, self.weights[d], self.bias[:d], activation, [], "none")
 
 
-def _sample(weight: torch.Tensor, count: int = 16) -> torch.Tensor:
+def _sample(weight: torch.Tensor) -> torch.Tensor:
     """Values from all over a weight, whatever its layout."""
-    count = min(count, weight.numel())
+    count = min(NUM_SAMPLES, weight.numel())
     return weight.detach().as_strided((count,), (weight.numel() // count,))
 
 

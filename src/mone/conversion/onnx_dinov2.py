@@ -11,12 +11,16 @@ from pathlib import Path
 import torch
 
 
-def read_onnx(file: str | Path, prefix: str = "backbone.") -> dict[str, torch.Tensor]:
-    """State dict of the model whose weights carry `prefix` in the ONNX file, without the prefix.
+# Of the names of the backbone's weights.
+PREFIX = "backbone."
+
+
+def read_onnx(file: str | Path) -> dict[str, torch.Tensor]:
+    """State dict of the model whose weights carry [`PREFIX`] in the ONNX file, without it.
 
     Raises:
         ImportError: without the package `onnx`.
-        ValueError: the file is no ONNX model, or has no weights of that prefix.
+        ValueError: the file is no ONNX model, or has no weights of that name.
     """
     try:
         import onnx
@@ -31,19 +35,19 @@ def read_onnx(file: str | Path, prefix: str = "backbone.") -> dict[str, torch.Te
 
     tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    weights = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
     if not weights:
-        raise ValueError(f"{file} has no weights named {prefix}...")
+        raise ValueError(f"{file} has no weights named {PREFIX}...")
     for node in graph.node:
-        numbered = [name for name in node.input if name in tensors and not name.startswith(prefix)]
+        numbered = [name for name in node.input if name in tensors and not name.startswith(PREFIX)]
         if node.op_type == "Add":
-            bias = next((name for name in node.input if name.startswith(prefix) and name.endswith(".bias")), None)
+            bias = next((name for name in node.input if name.startswith(PREFIX) and name.endswith(".bias")), None)
             products = [producers[name] for name in node.input if name in producers]
             if bias is None or not products or products[0].op_type != "MatMul" or products[0].input[1] not in tensors:
                 continue
             weight = tensors[products[0].input[1]].t().contiguous()
-            weights[bias.removeprefix(prefix).removesuffix("bias") + "weight"] = weight
-        elif f"{prefix.rstrip('.')}/embeddings/" in node.name and numbered and node.op_type in ("Concat", "Reshape"):
+            weights[bias.removeprefix(PREFIX).removesuffix("bias") + "weight"] = weight
+        elif f"{PREFIX.rstrip('.')}/embeddings/" in node.name and numbered and node.op_type in ("Concat", "Reshape"):
             weights[f"embeddings.{node.op_type}"] = tensors[numbered[0]]
     positions = [weights.pop(f"embeddings.{name}", None) for name in ("Concat", "Reshape")]
     if any(part is None or part.dim() != 3 for part in positions):

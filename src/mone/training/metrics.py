@@ -11,6 +11,10 @@ from transformers import EvalPrediction
 from ..data import IGNORED
 
 
+# Of the calibration error, as in Guo et al.'s tables.
+NUM_BINS = 15
+
+
 class Accuracy(evaluate.Metric):
     """Share of predictions that equal their reference, as `{"accuracy": float}`, like the Hub's "accuracy"."""
 
@@ -51,16 +55,15 @@ class PrecisionAt1(evaluate.Metric):
         return {"precision_at_1": float(np.mean(hits))}
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., https://arxiv.org/abs/1706.04599), in [0, 1].
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error in 15 bins of equal width (Guo et al., https://arxiv.org/abs/1706.04599), in [0, 1].
 
     Args:
         confidence: (examples,) probability of the predicted class.
         correct: (examples,) whether the prediction is right.
-        num_bins: of equal width.
     """
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=correct.astype(float) - confidence, minlength=num_bins)
+    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    gaps = np.bincount(bins, weights=correct.astype(float) - confidence, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
