@@ -669,7 +669,6 @@ class MoNEPreTrainedModel(CheckpointMixin, PreTrainedModel):
     """Weight initialisation and capabilities that the MoNE models share."""
 
     config: MoNEConfig
-    config_class = MoNEConfig
     base_model_prefix = "mone"
     main_input_name = "pixel_values"
     input_modalities = ("image",)

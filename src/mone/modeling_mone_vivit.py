@@ -146,7 +146,6 @@ class MoNEViViTPreTrainedModel(MoNEPreTrainedModel):
     """What the video models have beyond [`MoNEPreTrainedModel`]."""
 
     config: MoNEViViTConfig
-    config_class = MoNEViViTConfig
     base_model_prefix = "mone_vivit"
     input_modalities = ("video",)
     _no_split_modules = ["MoNEViViTEmbeddings", "MoNELayer"]
