@@ -4,8 +4,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from ..capacity import relative_widths
-from ..modeling_mone import MoNEForImageClassification, MoNEModel
+from ..modeling_mone import MoNEForImageClassification, MoNEModel, expert_widths
 from .channel_order import check_image_model, order_channels
 from .sensitivity import read_layers
 
@@ -65,12 +64,11 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
     if config.router_type != "learned":
         return
     starts, ends = config.router_layers, (*config.router_layers[1:], config.num_hidden_layers)
-    widths = [int(config.hidden_size * width) for width in relative_widths(config.num_experts)[:-1]]
     fits = [RidgeRegression(config.hidden_size, base.device) for _ in starts]
     for readings in read_layers(model, pixel_values):
         for fit, start, end in zip(fits, starts, ends, strict=True):
             effects = [r.gradient.double() * r.normed.double() for r in readings[2 * start : 2 * end]]
-            score = sum(e[..., width:].sum(dim=-1).abs() for e in effects for width in widths)
+            score = sum(e[..., width:].sum(dim=-1).abs() for e in effects for width in expert_widths(config)[:-1])
             fit.add(readings[2 * start].tokens.double(), score)
     steps = LOGIT_STEP * torch.arange(config.num_experts, device=base.device)
     for router, fit in zip(base.routers, fits, strict=True):
