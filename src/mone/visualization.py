@@ -23,6 +23,7 @@ from transformers.image_utils import ImageInput, is_pil_image
 
 from .capacity import effective_capacity
 from .configuration_mone import MoNEConfig, MoNEViViTConfig
+from .data.pixels import normalisation
 from .flops import count_macs
 from .modeling_mone import patch_grid
 from .video_decoding import uniform_indices
@@ -581,12 +582,8 @@ def _displayable(pixel_values: torch.Tensor, processor: "BaseImageProcessor | Ba
     pixels = pixel_values.cpu().float()
     if pixels.shape[-3] not in (1, 3):
         raise ValueError(f"Images of {pixels.shape[-3]} channels cannot be drawn; 1 (grey) and 3 (RGB) can.")
-    if processor.do_normalize:
-        mean, std = (
-            torch.as_tensor(value, dtype=pixels.dtype).reshape(-1, 1, 1)
-            for value in (processor.image_mean, processor.image_std)
-        )
-        pixels = pixels * std + mean
+    mean, std = normalisation(processor, pixels.shape[-3])
+    pixels = pixels * std + mean
     if processor.do_rescale:
         # 1 for the usual factor of 1/255; others map the bytes elsewhere than to [0, 1].
         pixels = pixels / (255 * processor.rescale_factor)
