@@ -40,8 +40,8 @@ def count_macs(
         routed = prefix + n
     dense_layers = config.router_layers[0]
     routed_layers = config.num_hidden_layers - dense_layers
-    total = dense_layers * _layer_macs(config, prefix + n, prefix + n)
-    total += routed_layers * _layer_macs(config, prefix + n, routed)
+    total = dense_layers * layer_macs(config, prefix + n, prefix + n)
+    total += routed_layers * layer_macs(config, prefix + n, routed)
     if config.router_type != "random":
         total += len(config.router_layers) * n * d * e
     total += n * config.num_channels * patch[0] * patch[1] * d
@@ -50,7 +50,7 @@ def count_macs(
         # One spatial encoder pass for each temporal index; a tubelet's kernel spans its frames.
         time = config.num_frames // config.tubelet_size[0]
         total = time * (total + n * config.num_channels * patch[0] * patch[1] * d * (config.tubelet_size[0] - 1))
-        total += config.num_temporal_layers * _layer_macs(config, prefix + time, prefix + time)
+        total += config.num_temporal_layers * layer_macs(config, prefix + time, prefix + time)
     return round(total) + config.pooled_size * config.num_labels
 
 
@@ -83,7 +83,7 @@ def num_patches(config: MoNEConfig, image_size: int | tuple[int, int] | None = N
     return (image[0] // patch[0]) * (image[1] // patch[1])
 
 
-def _layer_macs(config: MoNEConfig, sequence: int, full_width_tokens: float) -> float:
+def layer_macs(config: MoNEConfig, sequence: int, full_width_tokens: float) -> float:
     """MACs of one layer: its projections for so many tokens at full width, attention over the whole sequence."""
     d = config.hidden_size
     projections = d * (4 * d + 2 * config.intermediate_size)  # query, key, value, output; both of the MLP

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration_mone import MoNEConfig
-from ..flops import num_patches
+from ..flops import layer_macs, num_patches
 from .dense import DenseModel, check_image_config, embedding_and_head_macs
 
 
@@ -58,11 +58,11 @@ def chosen_tokens(config: MoNEConfig, share: float) -> int:
 
 def mixture_of_depths_macs(config: MoNEConfig, share: float = 0.125) -> int:
     """Multiply-accumulates of a [`MixtureOfDepthsModel`] on one image, counted as in `mone.flops`."""
-    d, patches, chosen = config.hidden_size, num_patches(config), chosen_tokens(config, share)
+    patches, chosen = num_patches(config), chosen_tokens(config, share)
     macs = embedding_and_head_macs(config)
     for index in range(config.num_hidden_layers):
         routed = index % 2 == 1
         tokens = chosen if routed else patches
-        macs += tokens * (4 * d * d + 2 * d * config.intermediate_size) + 2 * tokens * tokens * d
-        macs += patches * d * routed  # the router
+        macs += layer_macs(config, tokens, tokens)
+        macs += patches * config.hidden_size * routed  # the router
     return macs
