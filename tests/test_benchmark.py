@@ -17,12 +17,12 @@ from mone.benchmark import (
     PeakMemory,
     capacity_for_latency,
     environment,
-    example_input,
     growth,
     interleaved_seconds,
     measure,
     routing_share,
 )
+from mone.export import example_input
 from mone.flops import attention_macs
 
 

@@ -34,7 +34,7 @@ from .baselines import (
 )
 from .capacity import relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
-from .export import export_onnx, onnx_session, quantize_onnx, write_onnx
+from .export import example_input, export_onnx, onnx_session, quantize_onnx, write_onnx
 from .flops import attention_macs, count_macs
 from .modeling_mone import (
     MoNEForImageClassification,
@@ -57,12 +57,6 @@ MODES = ("eager", "prepared", "compiled", "graphed", "onnx", "onnx_int8")
 # What else may be timed beside: timm's dense ViT, token merging with as many multiply-accumulates as each MoNE, and
 # Mixture of Depths as the paper compares with it.
 BASELINES = ("timm", "token_merging", "mixture_of_depths")
-
-
-def example_input(config: MoNEConfig, batch_size: int) -> torch.Tensor:
-    """Random `pixel_values` of the shape that a model of `config` takes."""
-    frames = (config.num_frames,) if isinstance(config, MoNEViViTConfig) else ()
-    return torch.randn(batch_size, *frames, config.num_channels, *as_pair(config.image_size))
 
 
 def interleaved_seconds(
@@ -336,7 +330,7 @@ def _onnx_file(new: Callable, kind: type, config: MoNEConfig, capacity: float | 
     path = Path(folder, f"{key}.onnx")
     if not path.exists():
         if capacity is None:
-            write_onnx(new(kind), example_input(config, 2), path)
+            write_onnx(new(kind), example_input(config), path)
         else:
             export_onnx(new(kind), path, capacity)
     if mode == "onnx":

@@ -254,8 +254,9 @@ def export_program(
         ValueError: a capacity that is not allowed, a random or arg-max router, or a model in training mode.
     """
     module = ExportForm(model, capacity, router_outputs).eval()
+    example = example_input(model.config).to(model.device, model.dtype)
     with torch.no_grad():
-        return torch.export.export(module, (_example(model),), dynamic_shapes=_DYNAMIC_BATCH)
+        return torch.export.export(module, (example,), dynamic_shapes=_DYNAMIC_BATCH)
 
 
 def export_onnx(
@@ -300,7 +301,7 @@ def export_onnx(
         metadata |= {name: json.dumps(list(getattr(processor, name))) for name in ("image_mean", "image_std")}
 
     def check(file: Path) -> None:
-        example = _example(model, 3)
+        example = example_input(config, 3).to(model.device)
         with torch.no_grad():
             expected = model(example, capacity=capacity).logits
         logits = torch.from_numpy(onnx_session(file).run(["logits"], {"pixel_values": example.cpu().numpy()})[0])
@@ -315,7 +316,7 @@ def export_onnx(
         names += [
             f"{name}_{k}" for k in range(len(config.router_layers)) for name in ("router_logits", "expert_indices")
         ]
-    write_onnx(module, _example(model), path, names, metadata, check)
+    write_onnx(module, example_input(config).to(model.device), path, names, metadata, check)
 
 
 def write_onnx(
@@ -424,12 +425,14 @@ def onnx_session(path: str | os.PathLike):
 _DYNAMIC_BATCH = ({0: torch.export.Dim("batch")},)
 
 
-def _example(model: MoNEPreTrainedModel, batch_size: int = 2) -> torch.Tensor:
-    """Random `pixel_values` that the model takes. Two, since torch.export makes a constant of a batch of one."""
-    config = model.config
+def example_input(config: MoNEConfig, batch_size: int = 2) -> torch.Tensor:
+    """Random `pixel_values` of a model of `config`, always the same; float32 on the CPU.
+
+    Two by default, since torch.export makes a constant of a batch of one.
+    """
     frames = (config.num_frames,) if isinstance(config, MoNEViViTConfig) else ()
     shape = (batch_size, *frames, config.num_channels, *as_pair(config.image_size))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
 
 
 @contextmanager
