@@ -25,7 +25,7 @@ from transformers import (
 
 from ..checkpoints import describe_damage
 from .onnx_dinov2 import read_onnx
-from .tower import check_labels, follow_labels, number_labels, start_new_classifier
+from .tower import check_labels, count_labels, follow_labels, number_labels, start_new_classifier
 from .transformers_vits import LEFT, check_family
 
 
@@ -162,7 +162,7 @@ def load_classifier(
     """
     check_labels(options)
     options = number_labels(options)
-    count = len(options["id2label"]) if "id2label" in options else options.get("num_labels", before.num_labels)
+    count = count_labels(options, before.num_labels)
     new = count != before.num_labels or before.architectures == [headless.__name__]
     model = load_all(model_class, source, re.compile(r"^classifier\.") if new else NOTHING, **options)
     if new:

@@ -63,9 +63,14 @@ def number_labels(fields: Mapping) -> dict:
     return {**fields, "id2label": dict(enumerate(names)), "label2id": ids}
 
 
+def count_labels(fields: Mapping, default: int | None = None) -> int | None:
+    """The number of labels that `fields` give, as `id2label` or `num_labels`; `default` where they give none."""
+    return len(fields["id2label"]) if "id2label" in fields else fields.get("num_labels", default)
+
+
 def check_labels(config: Mapping) -> None:
     """Raise ValueError for labels to set that are none."""
-    count = len(config["id2label"]) if "id2label" in config else config.get("num_labels", 1)
+    count = count_labels(config, 1)
     if count < 1:
         raise ValueError(f"num_labels={count} must be at least 1.")
 
@@ -106,8 +111,7 @@ def build_image_model(
     new_labels = {"id2label", "num_labels"} & set(config)
     if new_labels:
         fields = {k: v for k, v in fields.items() if k not in LABEL_FIELDS or k in config}
-        count = len(config["id2label"]) if "id2label" in config else config["num_labels"]
-        if "classifier.weight" in weights and weights["classifier.weight"].shape[0] == count:
+        if "classifier.weight" in weights and weights["classifier.weight"].shape[0] == count_labels(config):
             fields = {**{k: tower.fields[k] for k in LABEL_FIELDS if k in tower.fields}, **fields}
         else:
             weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
