@@ -72,8 +72,7 @@ def mone_from_vit(
             counterpart or another shape; a field that the source states otherwise and weights do not show, such as
             `num_attention_heads`; or a width that is not divisible by 2**(num_experts - 1).
     """
-    fields = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
-    check_fields(config, fields, "MoNEConfig")  # before any weights are read
+    check_fields(config, MoNEConfig, MoNEViViTConfig)  # before any weights are read
     name = str(source) if isinstance(source, (str, Path)) else f"this {type(source).__name__}"
     if isinstance(source, (str, Path)):
         path, hub = Path(source), {"revision": revision, "token": token, "cache_dir": cache_dir}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..configuration_mone import MoNEConfig, MoNEViViTConfig
+from ..configuration_mone import MoNEViViTConfig
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .state_dicts import count_layers
 from .tower import (
@@ -129,9 +129,7 @@ def vivit_from_scenic(state: Mapping[str, torch.Tensor], name: str, **config) ->
         ValueError: lists the keys that are missing, have no counterpart or another shape; for a size that the
             tubelets do not divide, for no labels, or for a field that Scenic's models state otherwise.
     """
-    check_fields(
-        config, {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}, "MoNEViViTConfig"
-    )
+    check_fields(config, MoNEViViTConfig)
     check_labels(config)
     config = number_labels(config)
     weights = rename(state)

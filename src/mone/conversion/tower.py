@@ -40,11 +40,13 @@ class Tower:
     left: list[str] = field(default_factory=list)
 
 
-def check_fields(config: Mapping, allowed: set[str], config_class: str) -> None:
-    """Raise TypeError for a name that is no field."""
+def check_fields(config: Mapping, *config_classes: type[MoNEConfig]) -> None:
+    """Raise TypeError for a name that is a field of none of these, nor of the labels."""
+    allowed = {*MoNEConfig.__annotations__, *LABEL_FIELDS}.union(*(c.__annotations__ for c in config_classes))
     unknown = sorted(set(config) - allowed)
     if unknown:
-        raise TypeError(f"{unknown} are no fields of {config_class}; allowed are {sorted(allowed)}.")
+        names = " or ".join(c.__name__ for c in config_classes)
+        raise TypeError(f"{unknown} are no fields of {names}; allowed are {sorted(allowed)}.")
 
 
 def check_stated(config: Mapping, stated: Mapping, name: str) -> None:
@@ -91,7 +93,7 @@ def build_image_model(
         ValueError: lists the keys that are missing, have no counterpart or another shape; or for no labels, or a
             field that the tower states otherwise.
     """
-    check_fields(config, {*MoNEConfig.__annotations__, *LABEL_FIELDS}, "MoNEConfig")
+    check_fields(config, MoNEConfig)
     check_labels(config)
     check_stated(config, tower.fields, tower.name)
     config = number_labels(config)

@@ -11,7 +11,7 @@ from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..modeling_mone import MoNEForImageClassification, MoNEModel, make_classifier, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification, MoNEViViTModel
 from .sources import load_classifier, load_config
-from .tower import LABEL_FIELDS, check_fields, check_stated, follow_labels, start_new_classifier
+from .tower import check_fields, check_stated, follow_labels, start_new_classifier
 
 
 @torch.no_grad()
@@ -38,8 +38,7 @@ def mone_vivit_from_mone(
         raise TypeError(
             f"{type(image_model).__name__} is no image model; allowed are MoNEForImageClassification and MoNEModel."
         )
-    known = {*MoNEConfig.__annotations__, *MoNEViViTConfig.__annotations__, *LABEL_FIELDS}
-    check_fields(config, known, "MoNEViViTConfig")
+    check_fields(config, MoNEViViTConfig)
     source = image_model.config
     check_stated(config, vars(source), "the image model")
     of_image = {name: getattr(source, name) for name in MoNEConfig.__annotations__ if name != "patch_size"}
