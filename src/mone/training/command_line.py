@@ -181,10 +181,14 @@ def _read_settings(path: str, known: Iterable[str]) -> dict:
         raise ValueError(f"{path} must hold options, `name: value`.")
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{path}: {name!r} is no option.{hint}")
+            raise ValueError(f"{path}: {name!r} is no option.{_hint(str(name), known)}")
     return settings
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """For an error's end, the known name that is most like an unknown one; empty where none is."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _as_options(settings: dict) -> list[str]:
@@ -211,10 +215,9 @@ def parse_overrides(text: str | None, config_class: type[MoNEConfig] = MoNEConfi
         if not part:
             continue
         if not equals or name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"--config_overrides: {part!r} is not FIELD=VALUE with a field of {config_class.__name__}.{hint}"
+                f"--config_overrides: {part!r} is not FIELD=VALUE with a field of {config_class.__name__}."
+                f"{_hint(name, known)}"
             )
         try:
             fields[name] = ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
