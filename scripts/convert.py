@@ -36,14 +36,13 @@ from mone.conversion import (
 from mone.conversion.channel_order import check_image_model
 from mone.conversion.sources import load_config
 from mone.data.examples import UNREADABLE
-from mone.data.images import as_rgb
+from mone.data.images import as_rgb, image_suffixes
 from mone.data.sources import visible_files
 from mone.training.command_line import parse_overrides
 
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # Of a video model, and of the image model that it is made of.
 SHARED_FIELDS = ("num_experts", "router_layers", "router_type", "num_attention_heads", "hidden_act", "layer_norm_eps")
 
@@ -135,9 +134,9 @@ def check_destination(destination: Path, source: str, overwrite: bool) -> str | 
 
 def find_images(folder: Path) -> list[Path]:
     """The images to calibrate on, from all over the folder."""
-    files = [Path(file) for file in visible_files(folder, IMAGE_SUFFIXES)]
+    files = [Path(file) for file in visible_files(folder, image_suffixes())]
     if not files:
-        raise ValueError(f"{folder} has no images, that is files ending in {IMAGE_SUFFIXES}.")
+        raise ValueError(f"{folder} has no images, that is files ending in {', '.join(sorted(image_suffixes()))}.")
     count = min(len(files), CALIBRATION_IMAGES)
     return [files[number * len(files) // count] for number in range(count)]
 

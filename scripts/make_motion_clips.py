@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from mone.data.images import image_suffixes
 from mone.data.sources import visible_files
 from mone.video_encoding import write_video
 
@@ -52,7 +53,6 @@ CLASSES = tuple(name for pair in PAIRS for name in pair)
 SIZES = (0.35, 0.8)  # side of the moving photograph over that of the frame
 TRAVEL = (0.4, 0.8)  # of the circle, in one clip
 VALIDATION_SHARE = 0.2  # of the photographs
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 # Only keyframes (g=1) with a constant quantiser: a frame's code does not depend on its place in the clip.
 ENCODERS = {
     "mp4": ("libx264", {"preset": "veryfast", "qp": "20", "g": "1"}),
@@ -122,7 +122,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 def find_photographs(path: Path, column: str | None = None) -> dict[str, Path | bytes]:
     """Name -> file or encoded bytes of the images in a folder or a parquet file, one of each set of equal ones."""
     if path.is_dir():
-        files = [Path(file) for file in visible_files(path, SUFFIXES)]
+        files = [Path(file) for file in visible_files(path, image_suffixes())]
         of_length = defaultdict(list)
         for file in files:
             of_length[file.stat().st_size].append(file)
@@ -144,7 +144,7 @@ def find_photographs(path: Path, column: str | None = None) -> dict[str, Path | 
     if len(photographs) < 4:
         raise ValueError(
             f"{path} holds {len(photographs)} different images; at least 4 are needed, 2 for training and 2 for "
-            f"validation. Those of a folder end in {', '.join(sorted(SUFFIXES))}."
+            f"validation. Those of a folder end in {', '.join(sorted(image_suffixes()))}."
         )
     return photographs
 

@@ -33,12 +33,17 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
     return load_labelled_datasets(
         "image",
         Image(),
-        {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN},
+        image_suffixes(),
         functools.partial(read_parquet, cache_dir=cache_dir),
         column=image_column,
         cache_dir=cache_dir,
         **source,
     )
+
+
+def image_suffixes() -> set[str]:
+    """Of the files that Pillow opens, in lower case and with the dot; also by what was registered with it so far."""
+    return {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
