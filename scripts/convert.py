@@ -35,7 +35,7 @@ from mone.conversion import (
 )
 from mone.conversion.channel_order import check_image_model
 from mone.conversion.sources import load_config
-from mone.data.examples import UNREADABLE
+from mone.data.examples import UNREADABLE, decoding
 from mone.data.images import as_rgb, image_suffixes
 from mone.data.sources import visible_files
 from mone.training.command_line import parse_overrides
@@ -149,7 +149,7 @@ def fit(model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path]
     pixel_values = []
     for path in files:
         try:
-            with Image.open(path) as image:
+            with decoding(), Image.open(path) as image:
                 image = as_rgb(ImageOps.exif_transpose(image))
             pixel_values.append(processor(image, return_tensors="pt").pixel_values)
         except UNREADABLE as error:

@@ -37,6 +37,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from mone.data.examples import UNREADABLE, decoding
 from mone.data.images import image_suffixes
 from mone.data.sources import visible_files
 from mone.video_encoding import write_video
@@ -261,10 +262,11 @@ def draw_photographs(
     for number in rng.permutation(len(names)) if len(names) < 100 else rng.choice(len(names), 100, replace=False):
         source = photographs[names[number]]
         try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image.draft("RGB", (size, size))  # large JPEG files need not be decoded in full
-            drawn.append(image.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            with decoding():
+                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+                image.draft("RGB", (size, size))  # large JPEG files need not be decoded in full
+                drawn.append(image.convert("RGB"))
+        except UNREADABLE as error:
             if names[number] not in unreadable:
                 tqdm.write(f"{names[number]} cannot be read as an image and is passed over: {error}", file=sys.stderr)
             unreadable.add(names[number])

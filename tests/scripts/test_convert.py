@@ -282,7 +282,10 @@ def test_the_images_to_calibrate_on(tmp_path, count):
     assert numbers[0] == 0 and numbers[-1] >= count - 1 - count / 256
 
 
-def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog):
+def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog, monkeypatch):
+    def fail(image):  # as Pillow does for AVIF
+        raise RuntimeError("Failed to decode frame 0")
+
     photos = tmp_path / "photos"
     photos.mkdir()
     with pytest.raises(ValueError, match="photos has no images"):
@@ -293,6 +296,9 @@ def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog):
         convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     assert not (tmp_path / "m").exists()
     image.save(photos / "whole.png")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="None of the 2 images can be read"):
+        patch.setattr(convert, "as_rgb", fail)
+        convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     caplog.clear()
     convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     assert "cut.png is left out, as it cannot be read" in caplog.text and "whole.png" not in caplog.text

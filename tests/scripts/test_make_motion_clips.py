@@ -284,6 +284,25 @@ def test_unreadable_images_are_named_and_passed_over(tmp_path, photographs, caps
     assert len(list((tmp_path / "out").glob("train/*/*"))) == 40
 
 
+def test_an_image_whose_decoder_fails_is_passed_over(photographs, monkeypatch, capsys):
+    """As Pillow's for AVIF does, by a RuntimeError."""
+    contents, convert = {}, Image.Image.convert
+    for number, photograph in enumerate(photographs[:3]):
+        photograph.save(file := io.BytesIO(), "GIF" if number == 0 else "PNG")
+        contents[str(number)] = file.getvalue()
+
+    def fail_for_gif(image, mode):
+        if image.format == "GIF":
+            raise RuntimeError("Failed to decode frame 0")
+        return convert(image, mode)
+
+    monkeypatch.setattr(Image.Image, "convert", fail_for_gif)
+    unreadable = set()
+    for seed in range(3):
+        script.draw_photographs(contents, list(contents), np.random.default_rng(seed), 32, unreadable)
+    assert unreadable == {"0"} and "0 cannot be read as an image" in capsys.readouterr().err
+
+
 # Runs that stop, go on or are refused
 
 
