@@ -251,6 +251,11 @@ class MoNEViViTConfig(MoNEConfig):
         self.patch_size = list(self.tubelet_size[1:])
         super().__post_init__(**kwargs)
 
+    @property
+    def num_temporal_indices(self) -> int:
+        """T, the tubelets of a clip one after the other: passes of the spatial encoder, tokens of the temporal one."""
+        return self.num_frames // self.tubelet_size[0]
+
     def check(self) -> None:
         self.validate_tubelets()
         super().check()

@@ -48,7 +48,7 @@ def count_macs(
 
     if isinstance(config, MoNEViViTConfig):
         # One spatial encoder pass for each temporal index; a tubelet's kernel spans its frames.
-        time = config.num_frames // config.tubelet_size[0]
+        time = config.num_temporal_indices
         total = time * (total + n * config.num_channels * patch[0] * patch[1] * d * (config.tubelet_size[0] - 1))
         total += config.num_temporal_layers * layer_macs(config, prefix + time, prefix + time)
     return round(total) + config.pooled_size * config.num_labels
@@ -63,7 +63,7 @@ def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None 
     prefix = config.num_prefix_tokens
     sequences = config.num_hidden_layers * (prefix + num_patches(config, image_size)) ** 2
     if isinstance(config, MoNEViViTConfig):
-        time = config.num_frames // config.tubelet_size[0]
+        time = config.num_temporal_indices
         sequences = time * sequences + config.num_temporal_layers * (prefix + time) ** 2
     return 2 * config.hidden_size * sequences
 

@@ -160,8 +160,9 @@ class MoNEViViTModel(MoNEViViTPreTrainedModel):
         self.embeddings = MoNEViViTEmbeddings(config)
         grid = patch_grid(config, as_pair(config.image_size))
         self.spatial = MoNEViViTEncoder(config, grid, config.num_hidden_layers, routed=True)
-        time = config.num_frames // config.tubelet_size[0]
-        self.temporal = MoNEViViTEncoder(config, (1, time), config.num_temporal_layers, routed=False)
+        self.temporal = MoNEViViTEncoder(
+            config, (1, config.num_temporal_indices), config.num_temporal_layers, routed=False
+        )
         self.post_init()
 
     @can_return_tuple

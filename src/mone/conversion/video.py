@@ -159,7 +159,7 @@ def resize_video_model(model: MoNEViViTForVideoClassification, **sizes) -> None:
     model.config.update(sizes)
     spatial, temporal = model.base_model.spatial, model.base_model.temporal
     spatial.set_grid(patch_grid(changed, as_pair(changed.image_size)))
-    time = changed.num_frames // changed.tubelet_size[0]
+    time = changed.num_temporal_indices
     cls_token, times = temporal.position_embeddings.tensor_split([temporal.num_cls], dim=1)
     # float32, as in `resize_positions`.
     times = nn.functional.interpolate(times.transpose(1, 2).float(), size=time, mode="linear").transpose(1, 2)
