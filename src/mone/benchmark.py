@@ -32,7 +32,7 @@ from .baselines import (
     merged_per_layer_for_macs,
     mixture_of_depths_macs,
 )
-from .capacity import relative_widths
+from .capacity import one_hot_allocation, paper_grid, relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .export import example_input, export_onnx, onnx_session, quantize_onnx, write_onnx
 from .flops import attention_macs, count_macs
@@ -48,7 +48,6 @@ from .modeling_mone import (
     token_counts,
 )
 from .modeling_mone_vivit import MoNEViViTForVideoClassification
-from .training.schedules import CapacitySchedule, paper_grid
 
 
 # How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, as one
@@ -217,7 +216,7 @@ def measure(
         for capacity in capacities:
             call = functools.partial(run, models[mode], capacity=capacity)
             variants["mone", mode, capacity] = _captured(call, device) if mode == "graphed" else call
-    joint = CapacitySchedule("joint", num_experts=config.num_experts)(0)
+    joint = [one_hot_allocation(expert, config.num_experts) for expert in reversed(range(config.num_experts))]
     schedules = {"uniform": paper_grid(config.num_experts), "joint": joint} if train else {}
     for schedule, steps in schedules.items():
         variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]

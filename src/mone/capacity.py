@@ -20,6 +20,8 @@ from scipy.optimize import minimize
 SUM_TOLERANCE = 5e-4
 # Of an effective capacity, beyond its range.
 END_TOLERANCE = 1e-9
+# Section 5, "Inference time capacity adaptation": sampled uniformly at each training step.
+PAPER_GRID = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 
 
 def relative_widths(num_experts: int) -> tuple[float, ...]:
@@ -141,6 +143,11 @@ def greedy_allocation(effective_capacity: float, num_experts: int = 4) -> tuple[
     smallest = relative_widths(num_experts)[0]
     largest = (e_c - smallest) / (1.0 - smallest)
     return (1.0 - largest, *(0.0,) * (num_experts - 2), largest)
+
+
+def paper_grid(num_experts: int) -> tuple[float, ...]:
+    """The capacities of [`PAPER_GRID`] that E experts have: with fewer than four the smallest is larger than 0.15."""
+    return tuple(capacity for capacity in PAPER_GRID if capacity >= relative_widths(num_experts)[0]) or (1.0,)
 
 
 def resolve_capacity(

@@ -1,11 +1,12 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Training of MoNE models on transformers' Trainer."""
 
+from ..capacity import PAPER_GRID
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
 from .evaluation import measure_accuracy
 from .metrics import Accuracy, PrecisionAt1, calibration_error, classification_metrics
-from .schedules import PAPER_GRID, CapacitySchedule
+from .schedules import CapacitySchedule
 from .trainer import MoNETrainer
 
 

@@ -7,23 +7,16 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..capacity import one_hot_allocation, relative_widths
+from ..capacity import PAPER_GRID, one_hot_allocation
 
 
 CAPACITY_SCHEDULES = ("fixed", "uniform", "anneal", "joint")
 
-# Section 5, "Inference time capacity adaptation": sampled uniformly at each training step.
-PAPER_GRID = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 # Capacities between two others come in such steps: for each, Eq. 3 is solved and the layers are compiled once.
 RANGE_STEP = 0.01
 ANNEAL_STEP = 0.05
 
 Capacity = float | tuple[float, ...]
-
-
-def paper_grid(num_experts: int) -> tuple[float, ...]:
-    """The capacities of [`PAPER_GRID`] that E experts have: with fewer than four the smallest is larger than 0.15."""
-    return tuple(capacity for capacity in PAPER_GRID if capacity >= relative_widths(num_experts)[0]) or (1.0,)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_objective, speed_metrics
 
-from ..capacity import as_plain, effective_capacity
+from ..capacity import as_plain, effective_capacity, paper_grid
 from ..checkpoints import is_written_by_hand
 from ..configuration_mone import MoNEConfig
 from ..data import LabelledStream, bytes_to_pixels
@@ -46,7 +46,7 @@ from .resumption import (
     write_settings,
     writing_checkpoint,
 )
-from .schedules import CapacitySchedule, capacity_range, is_dense, paper_grid, steps_for_budget
+from .schedules import CapacitySchedule, capacity_range, is_dense, steps_for_budget
 from .statistics import StepStatistics
 from .zero import local_shard, project_zero_alpha_
 
