@@ -159,6 +159,66 @@ def measure(
             another mode than eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or in another
             dtype than float32.
     """
+    _check_measure(config, capacities, modes, baselines, train, device, dtype)
+    gmacs = {capacity: count_macs(config, capacity) / 1e9 for capacity in capacities}
+    dense_config = copy.deepcopy(config)
+    dense_config.router_type = "random"  # costs nothing: the routers are not the dense model's
+    gmacs[None] = count_macs(dense_config, 1.0) / 1e9
+    joint = [one_hot_allocation(expert, config.num_experts) for expert in reversed(range(config.num_experts))]
+    schedules = {"uniform": paper_grid(config.num_experts), "joint": joint} if train else {}
+    variants = _variants(
+        config,
+        capacities,
+        batch_size,
+        modes,
+        baselines,
+        train,
+        device,
+        dtype,
+        onnx_dir,
+        gmacs=gmacs,
+        schedules=schedules,
+    )
+    with (
+        torch.set_grad_enabled(train),
+        # Frozen, weights are constants that inductor packs for its products on a CPU; each layer then has a graph.
+        torch._inductor.config.patch(freezing=torch.device(device).type == "cpu"),
+        # A graph for each layer and capacity.
+        torch._dynamo.config.patch(recompile_limit=2 * config.num_hidden_layers * (len(capacities) + 1)),
+    ):
+        first = interleaved_seconds(variants, rounds=1, warmup=0)
+        seconds = interleaved_seconds(variants, rounds=rounds, warmup=1)
+        peaks = {
+            key: _peak_megabytes(call) for key, call in variants.items() if key[1] in ("eager", "prepared", *schedules)
+        }
+    of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
+    return [
+        _row(
+            config,
+            key,
+            times,
+            batch_size,
+            train,
+            gmacs=gmacs,
+            schedules=schedules,
+            of_dense=of_dense,
+            first=first[key][0],
+            peak=peaks.get(key),
+        )
+        for key, times in seconds.items()
+    ]
+
+
+def _check_measure(
+    config: MoNEConfig,
+    capacities: Sequence[float],
+    modes: Sequence[str],
+    baselines: Sequence[str],
+    train: bool,
+    device: str,
+    dtype: torch.dtype,
+) -> None:
+    """Raise the errors of [`measure`]."""
     if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
         raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
     if set(baselines) - set(BASELINES) or (baselines and isinstance(config, MoNEViViTConfig)):
@@ -170,6 +230,29 @@ def measure(
         raise ValueError(f"mode 'graphed' needs device='cuda', got {device!r}.")
     for capacity in capacities:
         config.resolve_capacity(capacity)
+
+
+def _variants(
+    config: MoNEConfig,
+    capacities: Sequence[float],
+    batch_size: int,
+    modes: Sequence[str],
+    baselines: Sequence[str],
+    train: bool,
+    device: str,
+    dtype: torch.dtype,
+    onnx_dir: str | os.PathLike | None,
+    *,
+    gmacs: dict[float | None, float],
+    schedules: dict[str, Sequence],
+) -> dict[tuple[str, str, float | None], Callable[[], object]]:
+    """(model, mode, capacity) -> a call of what [`measure`] times, in the order of its rows.
+
+    Args:
+        gmacs: of each capacity, which token merging is to have.
+        schedules: name -> capacities of a training step.
+    """
+    onnx_modes = [mode for mode in modes if mode.startswith("onnx")]
     is_video = isinstance(config, MoNEViViTConfig)
     torch.manual_seed(0)
     pixel_values = example_input(config, batch_size).to(device, dtype)
@@ -216,17 +299,11 @@ def measure(
         for capacity in capacities:
             call = functools.partial(run, models[mode], capacity=capacity)
             variants["mone", mode, capacity] = _captured(call, device) if mode == "graphed" else call
-    joint = [one_hot_allocation(expert, config.num_experts) for expert in reversed(range(config.num_experts))]
-    schedules = {"uniform": paper_grid(config.num_experts), "joint": joint} if train else {}
     for schedule, steps in schedules.items():
         variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]
     if "timm" in baselines:
         timm_model = new(timm_vit)
         variants["timm", "eager", None] = lambda: run(timm_model)
-    gmacs = {capacity: count_macs(config, capacity) / 1e9 for capacity in capacities}
-    dense_config = copy.deepcopy(config)
-    dense_config.router_type = "random"  # costs nothing: the routers are not the dense model's
-    gmacs[None] = count_macs(dense_config, 1.0) / 1e9
     if "token_merging" in baselines:
         for capacity in capacities:
             merging = new(TokenMergingModel, merged_per_layer_for_macs(config, gmacs[capacity]))
@@ -234,49 +311,59 @@ def measure(
     if "mixture_of_depths" in baselines:
         depths = new(MixtureOfDepthsModel)
         variants["mixture_of_depths", "eager", None] = lambda: run(depths)
+    return variants
 
-    with (
-        torch.set_grad_enabled(train),
-        # Frozen, weights are constants that inductor packs for its products on a CPU; each layer then has a graph.
-        torch._inductor.config.patch(freezing=torch.device(device).type == "cpu"),
-        # A graph for each layer and capacity.
-        torch._dynamo.config.patch(recompile_limit=2 * config.num_hidden_layers * (len(capacities) + 1)),
-    ):
-        first = interleaved_seconds(variants, rounds=1, warmup=0)
-        seconds = interleaved_seconds(variants, rounds=rounds, warmup=1)
-        peaks = {
-            key: _peak_megabytes(call) for key, call in variants.items() if key[1] in ("eager", "prepared", *schedules)
-        }
-    of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
-    rows = []
-    for (name, mode, capacity), times in seconds.items():
-        steps = schedules.get(mode)
-        calls = len(steps) if mode == "uniform" else 1
-        macs = gmacs[capacity] if steps is None else sum(count_macs(config, c) for c in steps) / calls / 1e9
-        if name == "mixture_of_depths":
-            macs = mixture_of_depths_macs(config) / 1e9
-        median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
-        row = {
-            "model": name,
-            "mode": mode,
-            "capacity": capacity,
-            "batch_size": batch_size,
-            "train": train,
-            "gmacs": macs,
-            "milliseconds": 1e3 * median,
-            "spread": float(quartiles[1] - quartiles[0]) / 2 / median,
-            "per_second": batch_size / median,
-            "reduction": gmacs[None] / macs,
-            "speedup": of_dense["eager"] / median,
-            "peak_megabytes": peaks.get((name, mode, capacity)),
-        }
-        row["efficiency"] = row["speedup"] / row["reduction"]
-        if mode in of_dense and mode != "eager":
-            row[f"efficiency_{mode}"] = of_dense[mode] / median / row["reduction"]
-        if mode == "compiled":
-            row["compile_seconds"] = first[name, mode, capacity][0] - median
-        rows.append(row)
-    return rows
+
+def _row(
+    config: MoNEConfig,
+    key: tuple[str, str, float | None],
+    times: Sequence[float],
+    batch_size: int,
+    train: bool,
+    *,
+    gmacs: dict[float | None, float],
+    schedules: dict[str, Sequence],
+    of_dense: dict[str, float],
+    first: float,
+    peak: float | None,
+) -> dict:
+    """[`measure`]'s row of a variant.
+
+    Args:
+        times: seconds of its calls.
+        gmacs: of each capacity; None is the dense model.
+        schedules: name -> capacities of a training step.
+        of_dense: mode -> median of the dense model's seconds.
+        first: seconds of the very first call.
+        peak: megabytes, where they are known.
+    """
+    name, mode, capacity = key
+    steps = schedules.get(mode)
+    calls = len(steps) if mode == "uniform" else 1
+    macs = gmacs[capacity] if steps is None else sum(count_macs(config, c) for c in steps) / calls / 1e9
+    if name == "mixture_of_depths":
+        macs = mixture_of_depths_macs(config) / 1e9
+    median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
+    row = {
+        "model": name,
+        "mode": mode,
+        "capacity": capacity,
+        "batch_size": batch_size,
+        "train": train,
+        "gmacs": macs,
+        "milliseconds": 1e3 * median,
+        "spread": float(quartiles[1] - quartiles[0]) / 2 / median,
+        "per_second": batch_size / median,
+        "reduction": gmacs[None] / macs,
+        "speedup": of_dense["eager"] / median,
+        "peak_megabytes": peak,
+    }
+    row["efficiency"] = row["speedup"] / row["reduction"]
+    if mode in of_dense and mode != "eager":
+        row[f"efficiency_{mode}"] = of_dense[mode] / median / row["reduction"]
+    if mode == "compiled":
+        row["compile_seconds"] = first - median
+    return row
 
 
 @torch.no_grad()
@@ -290,7 +377,11 @@ def _captured(call: Callable[[], object], device: str) -> Callable[[], None]:
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             call()
-    return graph.replay
+
+    def replay(call=call) -> None:  # keeps the model, whose weights the graph reads
+        graph.replay()
+
+    return replay
 
 
 def timm_vit(config: MoNEConfig) -> nn.Module:
