@@ -1,58 +1,47 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Evaluate an image or video model at a list of capacities, videos also with several numbers of clips.
 
-    python scripts/evaluate.py --model_name_or_path outputs/digits --validation_dir outputs/demo/digits/validation \\
-        --eval_capacities 0.2 0.4 1.0 --calibration --output_dir outputs/evaluation
+    python scripts/evaluate_checkpoint.py --model_name_or_path outputs/digits \\
+        --validation_dir outputs/demo/digits/validation --eval_capacities 0.2 0.4 1.0 --calibration \\
+        --output_dir outputs/evaluation
 
 writes results.json, from which `scripts/make_model_card.py` makes a card (with a licence in its `--details`), and a
 plot of accuracy against compute. Data are given as to the training scripts; with several labels per example, accuracy
 is precision@1. Nothing is fetched but what is named.
 """
 
-import importlib
 import json
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import train_image_classification
+import train_video_classification
+from train_image_classification import ImageArguments, ImageModelArguments
+from train_video_classification import VideoArguments, VideoModelArguments
+from transformers import AutoConfig
 
-if __name__ == "evaluate":
-    # For the scripts of this folder, where Python looks first, `import evaluate` means the library of that name.
-    folder = Path(__file__).resolve().parent
-    del sys.modules["evaluate"]
-    whole, sys.path = sys.path, [path for path in sys.path if Path(path).resolve() != folder]
-    try:
-        importlib.import_module("evaluate")
-    finally:
-        sys.path = whole
-else:
-    import train_image_classification
-    import train_video_classification
-    from train_image_classification import ImageArguments, ImageModelArguments
-    from train_video_classification import VideoArguments, VideoModelArguments
-    from transformers import AutoConfig
+from mone.data import make_video_transforms
+from mone.data.sources import count_rows
+from mone.model_card import compute_of_clips
+from mone.training import measure_accuracy
+from mone.training.command_line import parse_arguments
+from mone.visualization import check_matplotlib, plot_accuracy_against_compute
 
-    from mone.data import make_video_transforms
-    from mone.data.sources import count_rows
-    from mone.model_card import compute_of_clips
-    from mone.training import measure_accuracy
-    from mone.training.command_line import parse_arguments
-    from mone.visualization import check_matplotlib, plot_accuracy_against_compute
 
-    @dataclass
-    class EvaluationModelArguments(VideoModelArguments, ImageModelArguments):
-        """Of both, so that recipes can be given."""
+@dataclass
+class EvaluationModelArguments(VideoModelArguments, ImageModelArguments):
+    """Of both, so that recipes can be given."""
 
-    @dataclass
-    class EvaluationArguments(VideoArguments, ImageArguments):
-        clips: list[int] = field(
-            default_factory=list,
-            metadata={"help": "Evaluate videos with each of these numbers of clips. Default: --num_clips alone."},
-        )
-        calibration: bool = field(
-            default=False, metadata={"help": "Also the expected calibration error, with 15 bins."}
-        )
+
+@dataclass
+class EvaluationArguments(VideoArguments, ImageArguments):
+    clips: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Evaluate videos with each of these numbers of clips. Default: --num_clips alone."},
+    )
+    calibration: bool = field(default=False, metadata={"help": "Also the expected calibration error, with 15 bins."})
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -96,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
         },
         "rows": rows,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "commands": [shlex.join(["python", "scripts/evaluate.py", *argv])],
+        "commands": [shlex.join(["python", "scripts/evaluate_checkpoint.py", *argv])],
     }
     if numbers:
         results["gmacs"] = "one video, all its clips"

@@ -1,7 +1,6 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Evaluation of a saved model as a user runs it, images and videos."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -27,12 +26,10 @@ from mone.video_encoding import write_video
 
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "scripts"))
-# Not `import evaluate`, which is the library.
-specification = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
-script = importlib.util.module_from_spec(specification)
-sys.modules["evaluate_script"] = script
-specification.loader.exec_module(script)
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import evaluate_checkpoint as script  # noqa: E402
+
 
 QUIET = ["--report_to", "none", "--disable_tqdm", "true", "--use_cpu"]
 TINY = {
@@ -71,12 +68,11 @@ def image_folder(tmp_path_factory):
 
 
 def test_images_as_a_process_into_json_plot_and_card(tmp_path, image_model, image_folder):
-    """As a process: there the script's folder, which has a file of the library's name, comes first."""
     options = [
         *("--model_name_or_path", str(image_model), "--validation_dir", str(image_folder), "--calibration"),
         *("--eval_capacities", "0.2", "1.0", "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path)),
     ]
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), *options, *QUIET]
+    command = [sys.executable, str(ROOT / "scripts" / "evaluate_checkpoint.py"), *options, *QUIET]
     subprocess.run(command, check=True, capture_output=True, text=True)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     model = MoNEForImageClassification.from_pretrained(image_model)
