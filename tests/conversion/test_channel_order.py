@@ -179,6 +179,7 @@ def test_the_moments_of_what_layers_read_and_of_the_gradients(name):
 
 def test_small_experts_lose_less():
     """Tokens that lie in a few directions: after ordering the smallest expert has them all."""
+    torch.manual_seed(0)  # with others, one time in a hundred, less than this is won
     model = make_model(num_experts=4, router_layers=(0,), initializer_range=0.02)
     with torch.no_grad():
         subspace = torch.linalg.qr(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(2))).Q
