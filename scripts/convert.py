@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> Path:
         fields = {name: overrides[name] for name in SHARED_FIELDS if name in overrides}
         image_model = load_image_model(args.source, **hub, **fields)
         if isinstance(image_model, MoNEViViTForVideoClassification):
-            raise ValueError(f"{args.source} is a video model already: leave --video away.")
+            raise ValueError(f"{args.source} is a video model already: leave out --video.")
         image_processor = fit_image_processor(
             load_image_processor(args.source, **hub), args.source, image_model.config
         )
@@ -134,6 +134,8 @@ def check_destination(destination: Path, source: str, overwrite: bool) -> str | 
 
 def find_images(folder: Path) -> list[Path]:
     """The images to calibrate on, from all over the folder."""
+    if not folder.is_dir():
+        raise NotADirectoryError(f"--calibrate needs a folder of images, and {folder} is none.")
     files = [Path(file) for file in visible_files(folder, image_suffixes())]
     if not files:
         raise ValueError(f"{folder} has no images, that is files ending in {', '.join(sorted(image_suffixes()))}.")

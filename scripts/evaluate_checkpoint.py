@@ -11,6 +11,7 @@ is precision@1. Nothing is fetched but what is named.
 """
 
 import json
+import logging
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from mone.model_card import compute_of_clips
 from mone.training import measure_accuracy
 from mone.training.command_line import parse_arguments
 from mone.visualization import check_matplotlib, plot_accuracy_against_compute
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,7 +58,11 @@ def main(argv: list[str] | None = None) -> dict:
     model_args.init_from = data_args.train_dir = None  # of a recipe
     model_args.calibrate = False
     data_args.train_file, args.do_train, args.do_eval = [], False, True
-    is_video = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub).model_type == "mone_vivit"
+    source = model_args.model_name_or_path
+    model_type = AutoConfig.from_pretrained(source, **model_args.hub).model_type
+    is_video, is_mone = model_type == "mone_vivit", model_type in ("mone", "mone_vivit")
+    if not is_mone:
+        logger.warning("%s is no MoNE and is converted: below capacity 1.0, nothing of it has been trained.", source)
     task = train_video_classification if is_video else train_image_classification
     model, processor, data_sets = task.load(model_args, data_args, args)
     examples = data_sets["validation"]
@@ -70,15 +78,16 @@ def main(argv: list[str] | None = None) -> dict:
                 model, processor, examples, args, name=name, num_clips=number, calibration=data_args.calibration
             )
     else:
+        name = "MoNE" if is_mone else "MoNE, converted and not trained"
         rows = measure_accuracy(
-            model, processor, examples, args, num_clips=num_clips, calibration=data_args.calibration
+            model, processor, examples, args, name=name, num_clips=num_clips, calibration=data_args.calibration
         )
 
-    source = data_args.dataset_name or data_args.validation_dir or " ".join(data_args.validation_file)
+    data = data_args.dataset_name or data_args.validation_dir or " ".join(data_args.validation_file)
     results = {
         "task": "video-classification" if is_video else "image-classification",
         "dataset": {
-            "name": source,
+            "name": data,
             "type": data_args.dataset_name or ("folder" if data_args.validation_dir else "file"),
             "split": "validation",
             "size": size,

@@ -30,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--int8", action="store_true", help="quantise weights and activations of the projections")
     args = parser.parse_args(argv)
+    if args.destination.is_dir():
+        parser.error(f"{args.destination} is a folder: name the file to write.")
     capacity = args.capacity[0] if args.capacity and len(args.capacity) == 1 else args.capacity
 
     is_video = isinstance(AutoConfig.from_pretrained(args.model), MoNEViViTConfig)

@@ -223,6 +223,8 @@ def test_growth_names_axes_and_attention(monkeypatch):
 
 @pytest.mark.parametrize("options", [{"modes": ("fast",)}, {"modes": ("compiled",), "train": True}])
 def test_modes_that_do_not_exist(options):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        measure(image_config(), [0.5], 0)
     with pytest.raises(ValueError, match="modes="):
         measure(image_config(), [0.4], 1, **options)
     with pytest.raises(ValueError, match="mode 'graphed' needs device='cuda', got 'cpu'"):

@@ -337,6 +337,13 @@ def test_refused_before_any_work(tmp_path, make, capacity, error, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", None)  # before the work
+    with pytest.raises(IsADirectoryError, match="is a folder: name the file to write"):
+        export_onnx(image_model(), tmp_path, 0.4)
+    assert not list(tmp_path.iterdir())
+
+
 def hooked(model):
     model.mone.layers[1].mlp.fc2.register_forward_hook(lambda *_: None)
     return model

@@ -159,7 +159,7 @@ def measure(
             another mode than eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or in another
             dtype than float32.
     """
-    _check_measure(config, capacities, modes, baselines, train, device, dtype)
+    _check_measure(config, capacities, batch_size, modes, baselines, train, device, dtype)
     gmacs = {capacity: count_macs(config, capacity) / 1e9 for capacity in capacities}
     dense_config = copy.deepcopy(config)
     dense_config.router_type = "random"  # costs nothing: the routers are not the dense model's
@@ -212,6 +212,7 @@ def measure(
 def _check_measure(
     config: MoNEConfig,
     capacities: Sequence[float],
+    batch_size: int,
     modes: Sequence[str],
     baselines: Sequence[str],
     train: bool,
@@ -219,6 +220,8 @@ def _check_measure(
     dtype: torch.dtype,
 ) -> None:
     """Raise the errors of [`measure`]."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
         raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
     if set(baselines) - set(BASELINES) or (baselines and isinstance(config, MoNEViViTConfig)):

@@ -334,6 +334,10 @@ def write_onnx(
         pixel_values: an example of its input, of at least two images.
         path, output_names, metadata: of the file.
         check: called with the file before it takes its name, where ONNX Runtime is installed.
+
+    Raises:
+        IsADirectoryError: `path` is a folder.
+        ImportError: without onnx and onnxscript.
     """
     _require("onnx", "onnxscript")
     from onnxscript import opset23 as op
@@ -343,20 +347,20 @@ def write_onnx(
         length = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]), axis=0)
         return op.TopK(x, length, axis=dim, largest=int(descending), sorted=1)
 
-    with torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            (pixel_values,),
-            dynamo=True,
-            verbose=False,
-            opset_version=OPSET,
-            input_names=["pixel_values"],
-            output_names=list(output_names),
-            dynamic_shapes=_DYNAMIC_BATCH,
-            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
-        )
-    program.model.metadata_props.update(metadata or {})
     with _in_place_of(path) as file:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (pixel_values,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=["pixel_values"],
+                output_names=list(output_names),
+                dynamic_shapes=_DYNAMIC_BATCH,
+                custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+            )
+        program.model.metadata_props.update(metadata or {})
         program.save(file)
         if check is not None and importlib.util.find_spec("onnxruntime"):
             check(file)
@@ -439,6 +443,8 @@ def example_input(config: MoNEConfig, batch_size: int = 2) -> torch.Tensor:
 def _in_place_of(path: str | os.PathLike) -> Iterator[Path]:
     """A name to write to; with what stands beside it, it moves to `path` at the end, unless an error was raised."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the file to write.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder, path.name)  # the same name: the file names the one that holds its weights

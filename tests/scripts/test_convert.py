@@ -154,7 +154,7 @@ def test_a_vivit_for_other_clips(tmp_path):
     model = AutoModelForVideoClassification.from_pretrained(tmp_path / "video")
     assert (model.config.num_frames, model.config.image_size, model.config.num_labels) == (16, 48, 9)
     assert AutoVideoProcessor.from_pretrained(tmp_path / "video").num_frames == 16
-    with pytest.raises(ValueError, match=r"vivit\.npz is a video model already: leave --video away"):
+    with pytest.raises(ValueError, match=r"vivit\.npz is a video model already: leave out --video"):
         convert.main([str(tmp_path / "vivit.npz"), str(tmp_path / "two"), "--video"])
 
 
@@ -287,6 +287,8 @@ def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog, monkeypatch
         raise RuntimeError("Failed to decode frame 0")
 
     photos = tmp_path / "photos"
+    with pytest.raises(NotADirectoryError, match=r"needs a folder of images, and .*photos is none"):
+        convert.main([str(tmp_path / "not_read"), str(tmp_path / "m"), "--calibrate", str(photos)])
     photos.mkdir()
     with pytest.raises(ValueError, match="photos has no images"):
         convert.main([str(tmp_path / "not_read"), str(tmp_path / "m"), "--calibrate", str(photos)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List
 from PIL import Image as PILImage
-from transformers import ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from mone import (
     MoNEConfig,
@@ -90,6 +90,19 @@ def test_images_as_a_process_into_json_plot_and_card(tmp_path, image_model, imag
     assert results["dataset"]["size"] == 12
     assert (tmp_path / "out" / "accuracy_against_compute.png").stat().st_size > 0
     assert "| 0.2 |" in str(make_model_card("card", {**results, "license": "apache-2.0"}))
+
+
+def test_a_vit_is_not_called_a_trained_mone(tmp_path, image_folder, caplog):
+    ViTForImageClassification(ViTConfig(**TINY, patch_size=4)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    results = script.main(
+        [
+            *("--model_name_or_path", str(tmp_path / "vit"), "--validation_dir", str(image_folder)),
+            *("--eval_capacities", "0.5", "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path), *QUIET),
+        ]
+    )
+    assert results["rows"][0]["model"] == "MoNE, converted and not trained"
+    assert "vit is no MoNE and is converted: below capacity 1.0, nothing of it has been trained." in caplog.text
 
 
 def test_several_labels(tmp_path, image_model):

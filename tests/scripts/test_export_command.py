@@ -57,3 +57,9 @@ def test_a_bad_capacity_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"capacity=0\.01"):
         script.main([str(tmp_path / "model"), str(tmp_path / "out" / "m.onnx"), "--capacity", "0.01"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["not/read", str(tmp_path)])
+    assert f"{tmp_path} is a folder: name the file to write." in capsys.readouterr().err

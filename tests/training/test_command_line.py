@@ -63,7 +63,7 @@ def test_json_is_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", r"run\.yaml: 'learning_rat' is no option\. Did you mean learning_rate\?"),
+        ("learning_rat: 1", r"run\.yaml: 'learning_rat' is not an option\. Did you mean learning_rate\?"),
         ("- a\n- b", r"run\.yaml must hold options"),
     ],
 )

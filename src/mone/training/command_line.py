@@ -181,7 +181,7 @@ def _read_settings(path: str, known: Iterable[str]) -> dict:
         raise ValueError(f"{path} must hold options, `name: value`.")
     for name in settings:
         if name not in known:
-            raise ValueError(f"{path}: {name!r} is no option.{_hint(str(name), known)}")
+            raise ValueError(f"{path}: {name!r} is not an option.{_hint(str(name), known)}")
     return settings
 
 
