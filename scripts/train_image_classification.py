@@ -38,15 +38,12 @@ from mone.conversion import (
 )
 from mone.data import bytes_to_pixels, collate_examples, load_image_datasets, make_image_transforms
 from mone.training import MoNETrainingArguments
-from mone.training.command_line import (
-    DataArguments,
-    ModelArguments,
+from mone.training.command_line import DataArguments, ModelArguments, parse_arguments, parse_overrides
+from mone.training.runs import (
     check_classifier,
     check_task,
     label_fields,
     make_examples,
-    parse_arguments,
-    parse_overrides,
     prepare_splits,
     report_input,
     start_classifier,

@@ -33,15 +33,12 @@ from mone.conversion import (
 )
 from mone.data import load_video_datasets, make_video_transforms
 from mone.training import MoNETrainingArguments
-from mone.training.command_line import (
-    DataArguments,
-    ModelArguments,
+from mone.training.command_line import DataArguments, ModelArguments, parse_arguments, parse_overrides
+from mone.training.runs import (
     check_classifier,
     check_task,
     label_fields,
     make_examples,
-    parse_arguments,
-    parse_overrides,
     prepare_splits,
     report_input,
     start_classifier,
