@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -155,30 +156,12 @@ def measure(
         mode "compiled": what the first call took longer.
 
     Raises:
-        ValueError: for an unknown mode or baseline, another pooling, a capacity that is not allowed, training in
-            another mode than eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or in another
-            dtype than float32.
+        ValueError: for an empty batch, an unknown mode or baseline, another pooling, a capacity that is not allowed,
+            training in another mode than eager, CUDA graphs without a GPU, or ONNX on another device than the CPU or
+            in another dtype than float32.
     """
-    _check_measure(config, capacities, batch_size, modes, baselines, train, device, dtype)
-    gmacs = {capacity: count_macs(config, capacity) / 1e9 for capacity in capacities}
-    dense_config = copy.deepcopy(config)
-    dense_config.router_type = "random"  # costs nothing: the routers are not the dense model's
-    gmacs[None] = count_macs(dense_config, 1.0) / 1e9
-    joint = [one_hot_allocation(expert, config.num_experts) for expert in reversed(range(config.num_experts))]
-    schedules = {"uniform": paper_grid(config.num_experts), "joint": joint} if train else {}
-    variants = _variants(
-        config,
-        capacities,
-        batch_size,
-        modes,
-        baselines,
-        train,
-        device,
-        dtype,
-        onnx_dir,
-        gmacs=gmacs,
-        schedules=schedules,
-    )
+    case = _Case(config, capacities, batch_size, modes, baselines, train, device, dtype)
+    variants = _variants(case, onnx_dir)
     with (
         torch.set_grad_enabled(train),
         # Frozen, weights are constants that inductor packs for its products on a CPU; each layer then has a graph.
@@ -189,82 +172,79 @@ def measure(
         first = interleaved_seconds(variants, rounds=1, warmup=0)
         seconds = interleaved_seconds(variants, rounds=rounds, warmup=1)
         peaks = {
-            key: _peak_megabytes(call) for key, call in variants.items() if key[1] in ("eager", "prepared", *schedules)
+            key: _peak_megabytes(call)
+            for key, call in variants.items()
+            if key[1] in ("eager", "prepared", *case.schedules)
         }
     of_dense = {mode: statistics.median(times) for (name, mode, _), times in seconds.items() if name == "dense"}
-    return [
-        _row(
-            config,
-            key,
-            times,
-            batch_size,
-            train,
-            gmacs=gmacs,
-            schedules=schedules,
-            of_dense=of_dense,
-            first=first[key][0],
-            peak=peaks.get(key),
-        )
-        for key, times in seconds.items()
-    ]
+    return [_row(case, key, times, of_dense, first[key][0], peaks.get(key)) for key, times in seconds.items()]
 
 
-def _check_measure(
-    config: MoNEConfig,
-    capacities: Sequence[float],
-    batch_size: int,
-    modes: Sequence[str],
-    baselines: Sequence[str],
-    train: bool,
-    device: str,
-    dtype: torch.dtype,
-) -> None:
-    """Raise the errors of [`measure`]."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    if set(modes) - set(MODES) or (train and tuple(modes) != ("eager",)):
-        raise ValueError(f"modes={tuple(modes)} must be of {MODES}, and ('eager',) for training.")
-    if set(baselines) - set(BASELINES) or (baselines and isinstance(config, MoNEViViTConfig)):
-        raise ValueError(f"baselines={tuple(baselines)} must be of {BASELINES}, and for images.")
-    onnx_modes = [mode for mode in modes if mode.startswith("onnx")]
-    if onnx_modes and (torch.device(device).type != "cpu" or dtype != torch.float32):
-        raise ValueError(f"modes {onnx_modes} run on the CPU in float32, not on {device} in {dtype}.")
-    if "graphed" in modes and torch.device(device).type != "cuda":
-        raise ValueError(f"mode 'graphed' needs device='cuda', got {device!r}.")
-    for capacity in capacities:
-        config.resolve_capacity(capacity)
+@dataclass(frozen=True)
+class _Case:
+    """What [`measure`] times: its arguments, checked."""
+
+    config: MoNEConfig
+    capacities: Sequence[float]
+    batch_size: int
+    modes: Sequence[str]
+    baselines: Sequence[str]
+    train: bool
+    device: str
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        modes, baselines, device = tuple(self.modes), tuple(self.baselines), torch.device(self.device).type
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        if set(modes) - set(MODES) or (self.train and modes != ("eager",)):
+            raise ValueError(f"modes={modes} must be of {MODES}, and ('eager',) for training.")
+        if set(baselines) - set(BASELINES) or (baselines and isinstance(self.config, MoNEViViTConfig)):
+            raise ValueError(f"baselines={baselines} must be of {BASELINES}, and for images.")
+        if self.onnx_modes and (device != "cpu" or self.dtype != torch.float32):
+            raise ValueError(
+                f"modes {self.onnx_modes} run on the CPU in float32, not on {self.device} in {self.dtype}."
+            )
+        if "graphed" in modes and device != "cuda":
+            raise ValueError(f"mode 'graphed' needs device='cuda', got {self.device!r}.")
+        for capacity in self.capacities:
+            self.config.resolve_capacity(capacity)
+
+    @property
+    def onnx_modes(self) -> list[str]:
+        return [mode for mode in self.modes if mode.startswith("onnx")]
+
+    @functools.cached_property
+    def gmacs(self) -> dict[float | None, float]:
+        """Of one input at each capacity; None is the dense model."""
+        gmacs = {capacity: count_macs(self.config, capacity) / 1e9 for capacity in self.capacities}
+        dense = copy.deepcopy(self.config)
+        dense.router_type = "random"  # costs nothing: the routers are not the dense model's
+        return {**gmacs, None: count_macs(dense, 1.0) / 1e9}
+
+    @property
+    def schedules(self) -> dict[str, Sequence]:
+        """Name -> capacities of a training step."""
+        experts = self.config.num_experts
+        joint = [one_hot_allocation(expert, experts) for expert in reversed(range(experts))]
+        return {"uniform": paper_grid(experts), "joint": joint} if self.train else {}
 
 
 def _variants(
-    config: MoNEConfig,
-    capacities: Sequence[float],
-    batch_size: int,
-    modes: Sequence[str],
-    baselines: Sequence[str],
-    train: bool,
-    device: str,
-    dtype: torch.dtype,
-    onnx_dir: str | os.PathLike | None,
-    *,
-    gmacs: dict[float | None, float],
-    schedules: dict[str, Sequence],
+    case: _Case, onnx_dir: str | os.PathLike | None
 ) -> dict[tuple[str, str, float | None], Callable[[], object]]:
-    """(model, mode, capacity) -> a call of what [`measure`] times, in the order of its rows.
-
-    Args:
-        gmacs: of each capacity, which token merging is to have.
-        schedules: name -> capacities of a training step.
-    """
-    onnx_modes = [mode for mode in modes if mode.startswith("onnx")]
+    """(model, mode, capacity) -> a call of what [`measure`] times, in the order of its rows."""
+    config, capacities, modes, baselines = case.config, case.capacities, case.modes, case.baselines
+    train, device, onnx_modes = case.train, case.device, case.onnx_modes
     is_video = isinstance(config, MoNEViViTConfig)
     torch.manual_seed(0)
-    pixel_values = example_input(config, batch_size).to(device, dtype)
-    labels = torch.randint(config.num_labels, (batch_size,), device=device)
+    pixel_values = example_input(config, case.batch_size).to(device, case.dtype)
+    labels = torch.randint(config.num_labels, (case.batch_size,), device=device)
     model_class = MoNEViViTForVideoClassification if is_video else MoNEForImageClassification
 
     def new(kind, *args):
         torch.manual_seed(0)
-        return kind(config, *args).to(device, dtype).train(train)
+        return kind(config, *args).to(device, case.dtype).train(train)
 
     def step(model, **kwargs):
         model.zero_grad(set_to_none=True)
@@ -302,14 +282,14 @@ def _variants(
         for capacity in capacities:
             call = functools.partial(run, models[mode], capacity=capacity)
             variants["mone", mode, capacity] = _captured(call, device) if mode == "graphed" else call
-    for schedule, steps in schedules.items():
+    for schedule, steps in case.schedules.items():
         variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]
     if "timm" in baselines:
         timm_model = new(timm_vit)
         variants["timm", "eager", None] = lambda: run(timm_model)
     if "token_merging" in baselines:
         for capacity in capacities:
-            merging = new(TokenMergingModel, merged_per_layer_for_macs(config, gmacs[capacity]))
+            merging = new(TokenMergingModel, merged_per_layer_for_macs(config, case.gmacs[capacity]))
             variants["token_merging", "eager", capacity] = lambda m=merging: run(m)
     if "mixture_of_depths" in baselines:
         depths = new(MixtureOfDepthsModel)
@@ -318,14 +298,9 @@ def _variants(
 
 
 def _row(
-    config: MoNEConfig,
+    case: _Case,
     key: tuple[str, str, float | None],
     times: Sequence[float],
-    batch_size: int,
-    train: bool,
-    *,
-    gmacs: dict[float | None, float],
-    schedules: dict[str, Sequence],
     of_dense: dict[str, float],
     first: float,
     peak: float | None,
@@ -334,30 +309,28 @@ def _row(
 
     Args:
         times: seconds of its calls.
-        gmacs: of each capacity; None is the dense model.
-        schedules: name -> capacities of a training step.
         of_dense: mode -> median of the dense model's seconds.
         first: seconds of the very first call.
         peak: megabytes, where they are known.
     """
     name, mode, capacity = key
-    steps = schedules.get(mode)
+    steps = case.schedules.get(mode)
     calls = len(steps) if mode == "uniform" else 1
-    macs = gmacs[capacity] if steps is None else sum(count_macs(config, c) for c in steps) / calls / 1e9
+    macs = case.gmacs[capacity] if steps is None else sum(count_macs(case.config, c) for c in steps) / calls / 1e9
     if name == "mixture_of_depths":
-        macs = mixture_of_depths_macs(config) / 1e9
+        macs = mixture_of_depths_macs(case.config) / 1e9
     median, quartiles = statistics.median(times) / calls, np.percentile(times, [25, 75]) / calls
     row = {
         "model": name,
         "mode": mode,
         "capacity": capacity,
-        "batch_size": batch_size,
-        "train": train,
+        "batch_size": case.batch_size,
+        "train": case.train,
         "gmacs": macs,
         "milliseconds": 1e3 * median,
         "spread": float(quartiles[1] - quartiles[0]) / 2 / median,
-        "per_second": batch_size / median,
-        "reduction": gmacs[None] / macs,
+        "per_second": case.batch_size / median,
+        "reduction": case.gmacs[None] / macs,
         "speedup": of_dense["eager"] / median,
         "peak_megabytes": peak,
     }
