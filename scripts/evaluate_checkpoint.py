@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from mone.data import make_video_transforms
 from mone.data.sources import count_rows
-from mone.model_card import compute_of_clips
+from mone.model_card import PRECISION_AT_1, compute_of_clips
 from mone.training import measure_accuracy
 from mone.training.command_line import parse_arguments
 from mone.visualization import check_matplotlib, plot_accuracy_against_compute
@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> dict:
         results["gmacs"] = "one video, all its clips"
     elif num_clips > 1:
         results["gmacs"] = compute_of_clips(num_clips)
+    if any("precision_at_1" in row for row in rows):
+        results["accuracy"] = PRECISION_AT_1
     if args.should_save:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -101,6 +101,8 @@ COUNTS = (
 )
 CONFUSION = {"capacity": CAPACITY, "counts": COUNTS}
 PICTURE = {"file": TEXT, "caption": TEXT}
+# The field `accuracy` where examples have any number of labels.
+PRECISION_AT_1 = "a prediction that is among the labels (precision at 1)"
 # Fields that results_of_training gives; where it does not, one of an earlier training would be wrong.
 OF_TRAINING = ("task", "model", "rows", "parameters", "epochs", "train_minutes", "gmacs", "accuracy")
 
@@ -255,7 +257,7 @@ def results_of_training(folder: str | os.PathLike, model: str = "MoNE") -> dict:
     if num_clips > 1:
         results["gmacs"] = compute_of_clips(num_clips)
     if metric == "precision_at_1":
-        results["accuracy"] = "a prediction that is among the labels (precision at 1)"
+        results["accuracy"] = PRECISION_AT_1
     training = folder / "train_results.json"
     if training.exists():
         trained = json.loads(training.read_text(encoding="utf-8"))

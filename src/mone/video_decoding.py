@@ -273,13 +273,14 @@ class VideoReader:
         promised = sum(entry.size > 0 for entry in self._stream.index_entries)
         is_vp8 = self._decoder.name in ("vp8", "libvpx")
         # DivX and XviD put two frames into one packet of an avi, and their times on others.
-        is_mpeg4, is_packed = self._decoder.name == "mpeg4", False
+        may_pack = self._decoder.name == "mpeg4" and self._container.format.name == "avi"
+        is_packed = False
         self._seen, self._decoding_times = [], []
         shown, keyframes = [], []
         for position, packet in enumerate(self._packets()):
             self._seen.append((packet.pts, packet.size))
             self._decoding_times.append(packet.pts if packet.dts is None else packet.dts)
-            is_packed = is_packed or (is_mpeg4 and bytes(packet).count(MPEG4_FRAME) > 1)
+            is_packed = is_packed or (may_pack and bytes(packet).count(MPEG4_FRAME) > 1)
             # VP8 has packets that only help to predict others (RFC 6386, section 9.1).
             hidden = is_vp8 and not memoryview(packet)[0] & 0x10
             if not (hidden or packet.is_discard or packet.is_corrupt):

@@ -23,7 +23,6 @@ from transformers.image_utils import ImageInput, is_pil_image
 
 from .capacity import effective_capacity
 from .configuration_mone import MoNEConfig, MoNEViViTConfig
-from .data.pixels import normalisation
 from .flops import count_macs
 from .modeling_mone import patch_grid
 from .video_decoding import uniform_indices
@@ -582,6 +581,8 @@ def _displayable(pixel_values: torch.Tensor, processor: "BaseImageProcessor | Ba
     pixels = pixel_values.cpu().float()
     if pixels.shape[-3] not in (1, 3):
         raise ValueError(f"Images of {pixels.shape[-3]} channels cannot be drawn; 1 (grey) and 3 (RGB) can.")
+    from .data.pixels import normalisation  # here, since `mone.data` loads `datasets`, which drawing can do without
+
     mean, std = normalisation(processor, pixels.shape[-3])
     pixels = pixels * std + mean
     if processor.do_rescale:

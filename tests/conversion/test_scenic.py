@@ -157,6 +157,63 @@ def test_vit_and_matvit(token, names, head, wrapped):
     np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5)
 
 
+def classifier(source) -> torch.Tensor:
+    return mone_from_vit(source).classifier.weight
+
+
+def test_the_models_parameters_in_the_state_of_a_training(tmp_path):
+    """Beside numbers, None, tuples, and other parameters of the same names."""
+    params = image_params(True)
+    other = {name: {"kernel": np.full((D, CLASSES), 9.0, np.float32)} for name in ("output_projection",)}
+    expected = classifier(params)
+    for source in (
+        {"params": params, "ema": {"params": other}, "opt_state": (1, None), "metadata": None, "global_step": 4},
+        {"optimizer": {"target": params, "state": {"step": 3}}, "teacher": {"target": other}},
+        {"params": {"params": params}},
+    ):
+        assert torch.equal(classifier(source), expected)
+    np.savez(tmp_path / "two.npz", **flat({"ema": {"params": other}, "params": params}))
+    assert torch.equal(classifier(tmp_path / "two.npz"), expected)
+    np.savez(tmp_path / "two.npz", **flat({"ema": {"params": params}, "teacher": {"params": params}}))
+    with pytest.raises(ValueError, match=r"several models, \['ema/params/', 'teacher/params/'\]: give the parameters"):
+        mone_from_vit(tmp_path / "two.npz")
+
+
+def test_arrays_of_other_kinds(tmp_path):
+    params = image_params(False)
+    kernel = params["output_projection"]["kernel"]
+
+    class Array:  # as JAX's are
+        def __array__(self, dtype=None, copy=None):
+            return kernel
+
+    params["output_projection"]["kernel"] = Array()
+    assert torch.equal(classifier(params), torch.from_numpy(kernel.T))
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    params["output_projection"]["kernel"] = kernel.astype(ml_dtypes.bfloat16)
+    assert torch.equal(classifier(params), torch.from_numpy(kernel.T).bfloat16().float())
+    np.savez(tmp_path / "half.npz", **flat(params))  # where the type loses its name
+    with pytest.raises(ValueError, match=r"output_projection/kernel is an array of \|V2: save it as float32"):
+        mone_from_vit(tmp_path / "half.npz")
+
+
+def test_files_that_are_cut_short_or_hold_objects(tmp_path):
+    np.savez(tmp_path / "vit.npz", **flat(image_params(True)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "vit.npz").read_bytes()[:1000])
+    np.savez(tmp_path / "objects.npz", params=np.array([{}, None], dtype=object))
+    (tmp_path / "text.npz").write_text("no arrays")
+    for name in ("cut", "objects", "text"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz cannot be read as weights; it "):
+            mone_from_vit(tmp_path / f"{name}.npz")
+
+
+def test_vivit_with_one_encoder():
+    params = image_params(False)
+    params["embedding"]["kernel"] = np.zeros((2, 8, 8, 3, D), np.float32)
+    with pytest.raises(ValueError, match="has tubelets and one encoder: of ViViT's models, only ViViT-FE"):
+        mone_from_vit(params)
+
+
 def test_without_a_head_from_an_npz_file(tmp_path):
     params = image_params(True)
     del params["output_projection"]

@@ -138,6 +138,14 @@ def test_images_at_any_depth_belong_to_their_first_folder(tmp_path, cache):
     assert train[0]["image"].mode == "RGB"
 
 
+def test_links_that_lead_back_are_not_followed(tmp_path, cache):
+    write_folder(tmp_path / "train", ["cat", "dog"], per_class=2)
+    (tmp_path / "train" / "cat" / "back").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "dog" / "itself").symlink_to(tmp_path / "train" / "dog")
+    train = load_image_datasets(train_dir=str(tmp_path / "train"), validation_split=0, cache_dir=cache)["train"]
+    assert train["label"] == [0, 0, 1, 1]
+
+
 def test_an_empty_class_folder_is_named(tmp_path, cache, caplog):
     folder = write_folder(tmp_path / "train", ["cat", "dog"])
     (tmp_path / "train" / "emu").mkdir()

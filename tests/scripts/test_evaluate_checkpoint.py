@@ -123,6 +123,7 @@ def test_several_labels(tmp_path, image_model):
         logits = model(**processor(images=[picture(i) for i in range(4)], return_tensors="pt")).logits
     hits = [int(p) in positive for p, positive in zip(logits.argmax(-1), labels, strict=True) if positive]
     assert row["precision_at_1"] == row["accuracy"] == pytest.approx(sum(hits) / 3)
+    assert "among the labels (precision at 1)" in str(make_model_card("card", {**results, "license": "apache-2.0"}))
     assert row["capacity"] == model.config.capacity
 
 

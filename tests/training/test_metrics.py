@@ -93,6 +93,12 @@ def test_the_metrics_of_an_evaluation_are_those_of_the_classes_but_need_no_cache
         classification_metrics(EvalPrediction(logits, 0 * several))
 
 
+def test_values_of_a_regression_are_no_labels():
+    prediction = EvalPrediction(np.zeros((2, 3), np.float32), np.array([[0.5, 1.0, 0.0], [2.0, 0.0, 1.0]]))
+    with pytest.raises(ValueError, match="must be 0 and 1 for each class, not a regression"):
+        classification_metrics(prediction)
+
+
 def test_with_one_label_each_precision_at_1_is_the_accuracy():
     logits = np.random.default_rng(1).normal(size=(30, 4)).astype(np.float32)
     labels = np.arange(30) % 4

@@ -407,7 +407,7 @@ def test_distillation_needs_classes(tmp_path):
         with pytest.raises(ValueError, match="distill_from='self' needs classification"):
             make_trainer(tmp_path, model=model, distill_from="self")
     with pytest.raises(ValueError, match=r"needs capacities below 1\.0"):
-        make_trainer(tmp_path, distill_from="self", capacity=1.0)
+        make_trainer(tmp_path, distill_from="self", capacity=1.0).train()
 
 
 @pytest.mark.parametrize(
@@ -1023,12 +1023,40 @@ def test_logits_of_clips_are_averaged_and_unreadable_ones_left_out(tmp_path):
         assert metrics[f"eval_capacity_{capacity:g}_unreadable"] == 1
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 16, 16), (2, 4, 3, 16, 16)])
+def test_a_loss_of_the_users_own_counts_for_any_number_of_clips(tmp_path, shape):
+    videos = [{"pixel_values": torch.randn(shape), "labels": 0}] * 2
+    args = MoNETrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = MoNETrainer(
+        model=tiny_video_model(),
+        args=args,
+        eval_dataset=videos,
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs["logits"].sum() * 0 + 123.0,
+    )
+    assert trainer.evaluate()["eval_loss"] == 123.0
+
+
+def test_labels_that_do_not_count_are_not_softened(tmp_path):
+    """The loss is that of the others alone, as Trainer counts them."""
+    train = rows(8)
+    for number in (2, 5):
+        train[number] = {**train[number], "labels": IGNORED}
+    options = {"max_steps": 1, "label_smoothing_factor": 0.1, "per_device_train_batch_size": 8, "capacity": 0.5}
+    trainer = make_trainer(tmp_path, train=train, **options)
+    kept = [row for row in train if row["labels"] != IGNORED]
+    pixel_values, labels = (torch.stack([torch.as_tensor(row[key]) for row in kept]) for key in train[0])
+    with torch.no_grad():
+        logits = trainer.model.train()(pixel_values, capacity=0.5).logits
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item()
+    assert trainer.train().training_loss == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_card_of_ones_own_is_kept_and_a_draft_renewed(tmp_path):
     trainer = make_trainer(tmp_path)
     card = tmp_path / "out" / "README.md"
     card.parent.mkdir(exist_ok=True)
     trainer.create_model_card(model_name="first")
-    assert "# first" in card.read_text()
+    assert "# first" in card.read_text() and "trained from scratch" in card.read_text()
     trainer.create_model_card(model_name="second")
     assert "# second" in card.read_text()
     card.write_text("# Mine")

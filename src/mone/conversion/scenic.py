@@ -49,11 +49,22 @@ RENAMES = [
 ]
 
 
+def parameters(tree: Mapping) -> Mapping:
+    """Those of the model in the state of a training, which also holds steps, averages and optimisers; else `tree`."""
+    for path in (("params",), ("optimizer", "target"), ("target",)):
+        inner = tree
+        for name in path:
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and inner:
+            return parameters(inner)
+    return tree
+
+
 def flatten(tree: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
-    """A nested tree of arrays as one dict of tensors, with names joined by "/".
+    """A nested tree of arrays (NumPy's, JAX's, torch's) as one dict of tensors, with names joined by "/".
 
     Raises:
-        ValueError: names what is no array.
+        ValueError: names what is no array, or one of a type that torch does not have.
     """
     flat = {}
     for name, value in tree.items():
@@ -61,8 +72,13 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
             flat.update(flatten(value, f"{prefix}{name}/"))
         elif isinstance(value, torch.Tensor):
             flat[prefix + name] = value
-        elif isinstance(value, (np.ndarray, np.generic)):
-            flat[prefix + name] = torch.from_numpy(np.array(value))
+        elif hasattr(value, "__array__"):
+            array = np.array(value)
+            if array.dtype.name == "bfloat16":  # of ml_dtypes
+                array = array.astype(np.float32)
+            if array.dtype.kind not in "fiub":
+                raise ValueError(f"{prefix}{name} is an array of {array.dtype}: save it as float32.")
+            flat[prefix + name] = torch.from_numpy(array)
         else:
             raise ValueError(f"{prefix}{name} is a {type(value).__name__} and no array: this is no dict of weights.")
     return flat
@@ -71,9 +87,14 @@ def flatten(tree: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
 def rename(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flax parameters with the names and layouts of torch's modules; the encoders keep their own names."""
     weights = {}
-    inside = re.compile(r"(?:^|.*/)(?:params|target)/(.*)")  # a whole training state holds more
-    if any(inside.fullmatch(key) for key in state):
-        state = {match[1]: value for key, value in state.items() if (match := inside.fullmatch(key))}
+    # The state of a training in a file without nesting.
+    found = {match[0] for key in state if (match := re.match(r"(.*/)?(params|target)/", key))}
+    if found:
+        own = [prefix for prefix in ("params/", "optimizer/target/", "target/") if prefix in found]
+        if not own and len(found) > 1:
+            raise ValueError(f"There are several models, {sorted(found)}: give the parameters of one.")
+        prefix = (own or [*found])[0]
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     for key, value in state.items():
         name = key
         for pattern, replacement in RENAMES:
@@ -108,6 +129,8 @@ def from_scenic(state: Mapping[str, torch.Tensor], name: str) -> Tower:
     weights["embeddings.position_embeddings"] = weights.pop("Transformer.position_embeddings", None)
     weights = {key.removeprefix("Transformer."): value for key, value in weights.items() if value is not None}
     fields = _fields(weights, state, "", name)
+    if len(fields["patch_size"]) == 3:
+        raise ValueError(f"{name} has tubelets and one encoder: of ViViT's models, only ViViT-FE has a counterpart.")
     if "classifier.weight" in weights:
         fields["num_labels"] = weights["classifier.weight"].shape[0]
     fields["num_register_tokens"] = 0

@@ -49,8 +49,13 @@ def read_weights(file: Path) -> Mapping:
         if file.suffix == ".safetensors":
             return load_file(file)
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return dict(arrays)
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    return dict(arrays)
+            except ValueError as error:  # whose message advises to allow pickles
+                raise ValueError(
+                    f"{file} cannot be read as weights; it is cut short, or not of arrays alone."
+                ) from error
         if file.suffix == ".onnx":
             return read_onnx(file)
         # Training runs (DINO, MAE, DeiT) save their command line beside the weights.

@@ -5,7 +5,7 @@ import dataclasses
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -147,12 +147,24 @@ def _read_folder(path: str, name: str, suffixes: Iterable[str]) -> list[tuple[st
 def visible_files(folder: str | Path, suffixes: Iterable[str]) -> list[str]:
     """Files of these suffixes, in lower case and with the dot, at any depth; no hidden ones, nor in hidden folders."""
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in walk(folder):
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         for file in sorted(files):
             if not file.startswith(".") and os.path.splitext(file)[1].lower() in suffixes:
                 found.append(os.path.join(parent, file))
     return found
+
+
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that follows links, but not into a folder that it was in, or that holds `folder`."""
+    seen = {str(parent) for parent in Path(folder).resolve().parents}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+        else:
+            seen.add(place)
+            yield parent, folders, files
 
 
 def make_dataset(rows: list[tuple[str, str]], name: str, feature: FeatureType) -> Dataset:

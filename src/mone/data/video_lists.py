@@ -71,15 +71,17 @@ def _read_lines(path: str, text: str) -> list[tuple[str, str]]:
     label_column = next((header[name] for name in LABEL_COLUMNS if name in header), None)
     is_kinetics = header.keys() >= KINETICS_COLUMNS
     names_videos = path_column is not None or is_kinetics
-    # A class may be called "action", but a row that names a file has a digit or a dot.
-    if names_videos != (label_column is not None) and not re.search(r"[\d.]", "".join(table[0])):
-        # Taken for a list without a header, each video would be a class.
+    if names_videos != (label_column is not None):
+        # Taken for a list without a header, each video would be a class. But a class may be called "action" where a
+        # file is named beside it, with a dot, a folder or a number.
         lacking, known = ("labels", LABEL_COLUMNS) if names_videos else ("videos", PATH_COLUMNS)
-        raise ValueError(
-            f"{path} has the columns {table[0]}, of which none is known to hold the {lacking}: call it one of {known}."
-        )
-    if not names_videos:
-        header, path_column, label_column = {}, 0, 1
+        if names_videos or not re.search(r"[\d./\\]", "".join(table[0])):
+            raise ValueError(
+                f"{path} has the columns {table[0]}, of which none is known to hold the {lacking}: call it one of "
+                f"{known}. (Without a header, the first row must have none of these names.)"
+            )
+    if label_column is None or not names_videos:
+        header, path_column, label_column, is_kinetics = {}, 0, 1, False
 
     rows = []
     for number, row in enumerate(table[1:] if header else table, start=1):

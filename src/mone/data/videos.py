@@ -16,7 +16,7 @@ from transformers.image_utils import SizeDict
 from ..video_decoding import VideoReader, dense_indices, uniform_indices
 from ..video_processing_mone import MoNEViViTVideoProcessor
 from .augmentation import randaugment
-from .sources import load_labelled_datasets, make_dataset, read_parquet
+from .sources import load_labelled_datasets, make_dataset, read_parquet, walk
 from .video_lists import read_video_list
 
 
@@ -76,7 +76,7 @@ def _read_list(path: str, video_dir: str | None) -> list[tuple[str, str]]:
         raise FileNotFoundError(f"--video_dir={str(root)!r} is no folder.")
     # One walk instead of a question for each of what may be 240,000 files.
     found = {}
-    for folder, _, names in os.walk(root, followlinks=True):
+    for folder, _, names in walk(root):
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES):
                 file = os.path.join(folder, name)

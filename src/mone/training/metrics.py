@@ -80,7 +80,7 @@ def classification_metrics(prediction: EvalPrediction, calibration: bool = False
         calibration: add "calibration_error", of the probability of the predicted class: softmax, or sigmoid.
 
     Raises:
-        ValueError: no example could be read, or none has a label.
+        ValueError: no example could be read, or none has a label; or labels of a regression.
     """
     multi_label = prediction.label_ids.ndim == 2
     readable = prediction.label_ids != IGNORED
@@ -94,6 +94,10 @@ def classification_metrics(prediction: EvalPrediction, calibration: bool = False
     # Not by the classes above: `evaluate` writes all that it is given into a cache, which may be read-only. And not
     # Trainer's own loss: that is the mean over batches, of which one without a readable example has none.
     if multi_label:
+        if not np.isin(labels, (0, 1)).all():
+            raise ValueError(
+                "Labels of several values for an example must be 0 and 1 for each class, not a regression."
+            )
         labelled, correct = labels.any(1), labels[np.arange(len(labels)), predicted] > 0
         loss = nn.functional.binary_cross_entropy_with_logits(scores, targets.float())
     else:

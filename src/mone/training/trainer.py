@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_ob
 from ..capacity import as_plain, effective_capacity, paper_grid
 from ..checkpoints import is_written_by_hand
 from ..configuration_mone import MoNEConfig
-from ..data import LabelledStream, bytes_to_pixels
+from ..data import IGNORED, LabelledStream, bytes_to_pixels
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
@@ -142,10 +142,7 @@ class MoNETrainer(Trainer):
                     f"distill_from={self.args.distill_from!r} needs classification, got "
                     f"problem_type={config.problem_type!r} and {config.num_labels} classes."
                 )
-            if self.args.distill_from == "self":
-                if self._trains_densely:
-                    raise ValueError("distill_from='self' needs capacities below 1.0 to teach, got 1.0 alone.")
-            else:
+            if self.args.distill_from != "self":
                 if self.is_deepspeed_enabled:
                     unset_hf_deepspeed_config()  # by which ZeRO-3 would shard a model that it does not run
                 self.teacher = Teacher(
@@ -242,6 +239,8 @@ class MoNETrainer(Trainer):
 
         The budget is what the dense model (capacity 1.0) spends in `args.num_train_epochs`, or `args.max_steps`.
         """
+        if args.distill_from == "self" and self._trains_densely:
+            raise ValueError("distill_from='self' needs capacities below 1.0 to teach, got 1.0 alone.")
         self._statistics = self._start_statistics()
         if args.capacity_schedule in ("fixed", "anneal"):
             self.model.config.capacity = self.capacity  # what it is trained for is what the saved model runs at
@@ -398,9 +397,13 @@ class MoNETrainer(Trainer):
                 "config.problem_type, 'multi_label_classification' for any number of classes, "
                 "'single_label_classification' for probabilities of one."
             )
+        counts = None
         if labels.dim() == 1:
-            labels = torch.nn.functional.one_hot(labels, num_labels).to(pixel_values.dtype)
+            counts = (labels != IGNORED).unsqueeze(1)
+            labels = torch.nn.functional.one_hot(labels.clamp_min(0), num_labels).to(pixel_values.dtype)
         labels = labels * (1 - smoothing) + smoothing / num_labels
+        if counts is not None:
+            labels = labels * counts  # no class has a share of an example that does not count
         if self.args.mixup > 0:
             # Like the capacity, the same on every rank and after resumption, and the same for images and clips.
             share = random.Random(f"mixup-{self.args.seed}-{self.state.global_step}").betavariate(
@@ -437,7 +440,11 @@ class MoNETrainer(Trainer):
         labels, clips = inputs.pop("labels", None), inputs.pop("pixel_values").unbind(1)
         # One after the other: memory does not grow with their number.
         logits = torch.stack([model(pixel_values=clip, **inputs).logits for clip in clips]).mean(0)
-        loss = None if labels is None else classification_loss(self.model, logits, labels, num_items_in_batch)
+        loss = None
+        if labels is not None and self.compute_loss_func is not None:
+            loss = self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=num_items_in_batch)
+        elif labels is not None:
+            loss = classification_loss(self.model, logits, labels, num_items_in_batch)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def _distillation_loss(self, logits, labels, num_items_in_batch):
@@ -518,6 +525,10 @@ class MoNETrainer(Trainer):
         if not self.is_world_process_zero():
             return
         card = Path(self.args.output_dir) / "README.md"
+        config = self.model.config
+        config._name_or_path = (
+            config._name_or_path or self.args.output_dir
+        )  # or the draft is "fine-tuned from" nothing
         if self.hub_model_id is not None and not card.exists():
             with contextlib.suppress(EntryNotFoundError):
                 shutil.copyfile(hf_hub_download(self.hub_model_id, card.name, token=self.args.hub_token), card)
