@@ -43,8 +43,9 @@ def load_image_datasets(*, image_column: str | None = None, cache_dir: str | Non
 
 def image_suffixes() -> set[str]:
     """Of the files that Pillow opens, in lower case and with the dot; also by what was registered with it so far."""
-    kinds = set(PIL.Image.OPEN) - {"MPEG", "HDF5", "GRIB", "BUFR"}  # which it knows, but has no decoder for
-    return {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in kinds}
+    suffixes = PIL.Image.registered_extensions()  # first: it also fills what the next line reads
+    kinds = set(PIL.Image.OPEN) - {"MPEG", "HDF5", "GRIB", "BUFR"}  # which Pillow knows, but has no decoder for
+    return {suffix for suffix, kind in suffixes.items() if kind in kinds}
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
