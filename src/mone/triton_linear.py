@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .nested_linear import NestedIn, NestedOut, Slice, is_traced, is_unhooked, is_untouched
+from .nested_linear import NestedIn, NestedOut, Slice, is_plain, is_traced, is_unhooked, is_untouched
 
 
 try:
@@ -58,21 +58,21 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
         return False
     if torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cuda"):
         return False
-    if x.dtype not in (torch.float16, torch.bfloat16) or not all(_is_plain(module) for module in modules):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not all(_is_unaltered(module) for module in modules):
         return False
     tensors = [tensor for module in modules for tensor in (module.weight, module.bias) if tensor is not None]
     return (
         all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in tensors)
         and all(tensor.is_contiguous() for tensor in tensors if tensor.dim() == 1)
         # Sharded and quantised weights are other types, and a mode (FlopCounterMode) would not see the kernels.
-        and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in (x, *tensors))
+        and all(is_plain(tensor) for tensor in (x, *tensors))
         and _get_current_dispatch_mode() is None
         and len({(m.weight.shape, m.weight.stride(), m.bias is None) for m in modules if type(m) is NestedIn}) <= 1
         and runs_on(x.device)
     )
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_unaltered(module: nn.Module) -> bool:
     """Whether this is a norm or a projection, and calling it does what its class says and nothing else."""
     if type(module) is nn.LayerNorm:
         return module.elementwise_affine and is_unhooked(module)

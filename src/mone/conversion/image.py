@@ -16,7 +16,7 @@ from ..modeling_mone import MoNEForImageClassification, MoNEModel, patch_grid
 from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .calibration import check_untrained
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
-from .scenic import flatten, from_scenic, is_factorised, parameters, vivit_from_scenic
+from .scenic import from_scenic, is_factorised, parameters, vivit_from_scenic
 from .sources import NOTHING, check_source, load_all, load_classifier, load_pretrained, read_weights
 from .state_dicts import infer_config, strip_prefixes
 from .timm_vits import from_timm
@@ -94,7 +94,7 @@ def mone_from_vit(
         attention = source.config._attn_implementation if isinstance(source, PreTrainedModel) else None
         model = build_image_model(tower_of_model(source, name), attention, **config)
         return model.to(next(source.parameters()).device).train(source.training)
-    state = strip_prefixes(flatten(parameters(source)))
+    state = strip_prefixes(parameters(source))
     if is_factorised(state):
         return vivit_from_scenic(state, name, **config).eval()
     return build_image_model(tower_of_state(state, name, config), **config).eval()

@@ -29,6 +29,8 @@ from .tower import (
 from .video import resize_video_model, set_labels
 
 
+# Where the state of a training holds the model's parameters: of Flax's TrainState, and of its older optimisers.
+OWN = ("params/", "optimizer/target/", "target/")
 FIXED = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 RENAMES = [
     (r"/", "."),
@@ -49,52 +51,46 @@ RENAMES = [
 ]
 
 
-def parameters(tree: Mapping) -> Mapping:
-    """Those of the model in the state of a training, which also holds steps, averages and optimisers; else `tree`."""
-    for path in (("params",), ("optimizer", "target"), ("target",)):
-        inner = tree
-        for name in path:
-            inner = inner.get(name) if isinstance(inner, Mapping) else None
-        if isinstance(inner, Mapping) and inner:
-            return parameters(inner)
-    return tree
+def parameters(source: Mapping) -> dict[str, torch.Tensor]:
+    """A dict or a nested tree of arrays (NumPy's, JAX's, torch's) as one dict of tensors, names joined by "/".
 
-
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, torch.Tensor]:
-    """A nested tree of arrays (NumPy's, JAX's, torch's) as one dict of tensors, with names joined by "/".
+    Of a training's state, which also holds steps, averages and optimisers, the model's parameters alone.
 
     Raises:
-        ValueError: names what is no array, or one of a type that torch does not have.
+        ValueError: names what is no array, or one of a type that torch does not have; or there are several models.
     """
+    state = _flatten(source)
+    while found := {match[0] for key in state if (match := re.match(r"(.*/)?(params|target)/", key))}:
+        prefix = next((own for own in OWN if any(inner.startswith(own) for inner in found)), min(found))
+        if prefix not in OWN and len(found) > 1:
+            raise ValueError(f"There are several models, {sorted(found)}: give the parameters of one.")
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: _as_tensor(key, value) for key, value in state.items()}
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> dict:
     flat = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        elif isinstance(value, torch.Tensor):
-            flat[prefix + name] = value
-        elif hasattr(value, "__array__"):
-            array = np.array(value)
-            if array.dtype.name == "bfloat16":  # of ml_dtypes
-                array = array.astype(np.float32)
-            if array.dtype.kind not in "fiub":
-                raise ValueError(f"{prefix}{name} is an array of {array.dtype}: save it as float32.")
-            flat[prefix + name] = torch.from_numpy(array)
-        else:
-            raise ValueError(f"{prefix}{name} is a {type(value).__name__} and no array: this is no dict of weights.")
+        flat |= _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def _as_tensor(name: str, value) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value
+    if not hasattr(value, "__array__"):
+        raise ValueError(f"{name} is a {type(value).__name__} and no array: this is no dict of weights.")
+    array = np.array(value)
+    if array.dtype.name == "bfloat16":  # of ml_dtypes
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} is an array of {array.dtype}: save it as float32.")
+    return torch.from_numpy(array)
 
 
 def rename(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flax parameters with the names and layouts of torch's modules; the encoders keep their own names."""
     weights = {}
-    # The state of a training in a file without nesting.
-    found = {match[0] for key in state if (match := re.match(r"(.*/)?(params|target)/", key))}
-    if found:
-        own = [prefix for prefix in ("params/", "optimizer/target/", "target/") if prefix in found]
-        if not own and len(found) > 1:
-            raise ValueError(f"There are several models, {sorted(found)}: give the parameters of one.")
-        prefix = (own or [*found])[0]
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     for key, value in state.items():
         name = key
         for pattern, replacement in RENAMES:

@@ -80,8 +80,8 @@ def _read_lines(path: str, text: str) -> list[tuple[str, str]]:
                 f"{path} has the columns {table[0]}, of which none is known to hold the {lacking}: call it one of "
                 f"{known}. (Without a header, the first row must have none of these names.)"
             )
-    if label_column is None or not names_videos:
-        header, path_column, label_column, is_kinetics = {}, 0, 1, False
+    if not names_videos:
+        header, path_column, label_column = {}, 0, 1
 
     rows = []
     for number, row in enumerate(table[1:] if header else table, start=1):

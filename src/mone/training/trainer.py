@@ -397,13 +397,11 @@ class MoNETrainer(Trainer):
                 "config.problem_type, 'multi_label_classification' for any number of classes, "
                 "'single_label_classification' for probabilities of one."
             )
-        counts = None
+        counts = 1
         if labels.dim() == 1:
-            counts = (labels != IGNORED).unsqueeze(1)
+            counts = (labels != IGNORED).unsqueeze(1)  # no class has a share of an example that does not count
             labels = torch.nn.functional.one_hot(labels.clamp_min(0), num_labels).to(pixel_values.dtype)
-        labels = labels * (1 - smoothing) + smoothing / num_labels
-        if counts is not None:
-            labels = labels * counts  # no class has a share of an example that does not count
+        labels = (labels * (1 - smoothing) + smoothing / num_labels) * counts
         if self.args.mixup > 0:
             # Like the capacity, the same on every rank and after resumption, and the same for images and clips.
             share = random.Random(f"mixup-{self.args.seed}-{self.state.global_step}").betavariate(
