@@ -14,7 +14,13 @@ from reference import randomise_
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 import mone.export as export
-from mone import MoNEConfig, MoNEForImageClassification, MoNEViViTConfig, MoNEViViTForVideoClassification
+from mone import (
+    MoNEConfig,
+    MoNEForImageClassification,
+    MoNEViViTConfig,
+    MoNEViViTForVideoClassification,
+    MoNEViViTVideoProcessor,
+)
 from mone.baselines import DenseModel
 from mone.export import ExportForm, export_onnx, export_program, onnx_session, quantize_onnx, write_onnx
 
@@ -169,6 +175,15 @@ def exported(tmp_path_factory):
 def run(session, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, {"pixel_values": pixel_values.numpy()}), strict=True))
+
+
+def test_one_mean_for_all_channels(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    processor = MoNEViViTVideoProcessor(image_mean=0.4, image_std=[1, 2, 4])
+    export_onnx(video_model(), tmp_path / "model.onnx", 0.4, processor=processor)
+    metadata = onnx_session(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["image_mean"]) == [0.4] * 3 and json.loads(metadata["image_std"]) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

@@ -376,13 +376,6 @@ def test_read_refuses(videos, indices):
         video.read(indices)
 
 
-def test_threads_give_the_same(videos):
-    data = videos("mp4 h264, B-frames")
-    assert numbers_read(data, [80, 3], num_threads=2) == [80, 3]
-    with pytest.raises(ValueError, match="num_threads=-1 must be an integer of at least 0"):
-        VideoReader(data, num_threads=-1)
-
-
 # ---- cost ----
 
 

@@ -425,6 +425,7 @@ def test_unknown_options(frames, processor, name):
         ([np.zeros((8, 8))] * 2, ValueError, "each with three axes"),
         ([Image.fromarray(np.full((8, 8), 999, np.uint16))], ValueError, "more than 8 bits, mode I;16: scale"),
         ([Image.new("I", (8, 8))] * 2, ValueError, "more than 8 bits, mode I: scale"),
+        ([Image.new("F", (8, 8))] * 2, ValueError, "more than 8 bits, mode F: scale"),
         ([Image.new("RGB", (8, 8)), np.zeros((8, 8, 3))], TypeError, "must hold PIL images or arrays"),
         ([["frame1.jpg", "frame2.jpg"]], TypeError, r"videos\[0\] must hold PIL images .* got str"),
         ([np.zeros((4, 8, 8, 3)), 3], TypeError, r"videos\[1\] must be a file, an array or a list of frames"),

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -298,7 +299,10 @@ def export_onnx(
         "image_size": json.dumps(as_pair(config.image_size)),
     }
     if processor is not None and processor.do_normalize:
-        metadata |= {name: json.dumps(list(getattr(processor, name))) for name in ("image_mean", "image_std")}
+        metadata |= {
+            name: json.dumps(np.broadcast_to(getattr(processor, name), config.num_channels).tolist())
+            for name in ("image_mean", "image_std")
+        }
 
     def check(file: Path) -> None:
         example = example_input(config, 3).to(model.device)

@@ -45,7 +45,7 @@ def uniform_indices(total: int, num_frames: int) -> np.ndarray:
     Raises:
         ValueError: if an argument is not an integer of at least 1.
     """
-    _check_positive(total=total, num_frames=num_frames)
+    check_positive(total=total, num_frames=num_frames)
     return (2 * np.arange(num_frames) + 1) * total // (2 * num_frames)
 
 
@@ -98,7 +98,7 @@ def clip_indices(total: int, num_clips: int, num_frames: int, stride: int = 1) -
     Raises:
         ValueError: if an argument is not an integer of at least 1.
     """
-    _check_positive(num_clips=num_clips)
+    check_positive(num_clips=num_clips)
     if num_clips == 1:
         return dense_indices(total, num_frames, stride)[None]
     stride = _fitting_stride(total, num_frames, stride)
@@ -107,11 +107,12 @@ def clip_indices(total: int, num_clips: int, num_frames: int, stride: int = 1) -
 
 
 def _fitting_stride(total: int, num_frames: int, stride: int) -> int:
-    _check_positive(total=total, num_frames=num_frames, stride=stride)
+    check_positive(total=total, num_frames=num_frames, stride=stride)
     return max(1, min(stride, (total - 1) // max(1, num_frames - 1)))
 
 
-def _check_positive(**numbers_by_name: int) -> None:
+def check_positive(**numbers_by_name: int) -> None:
+    """Raise ValueError, which names it, for what is no integer of at least 1."""
     for name, value in numbers_by_name.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
@@ -141,8 +142,6 @@ class VideoReader:
             seek is read into memory. URLs are the caller's to fetch.
         name (`str`, *optional*, defaults to the path or the file object's name):
             What error messages call the file.
-        num_threads (`int`, *optional*, defaults to 1):
-            Threads of the decoder, 0 for one per core. 1 suits data-loader workers, which decode side by side.
 
     Attributes:
         frames_decoded (`int`): Frames decoded so far, for tests and for judging cost.
@@ -151,10 +150,9 @@ class VideoReader:
         VideoDecodeError: the file is missing, empty, no video, cut off before its half, has no video stream (audio
             only, cover pictures) or no decoder, or holds no frame.
         TypeError: `source` is of another type.
-        ValueError: `num_threads` is negative or no integer.
     """
 
-    def __init__(self, source, *, name: str | None = None, num_threads: int = 1):
+    def __init__(self, source, *, name: str | None = None):
         if isinstance(source, (str, os.PathLike)):
             path = os.fsdecode(source)
             self.name = name or path
@@ -175,9 +173,6 @@ class VideoReader:
             raise TypeError(
                 f"source must be a path, bytes or a binary file object, got {type(source).__name__}: {source!r:.100}"
             )
-        if isinstance(num_threads, bool) or not isinstance(num_threads, numbers.Integral) or num_threads < 0:
-            raise ValueError(f"num_threads={num_threads!r} must be an integer of at least 0.")
-        self._num_threads = num_threads
         self._container = None
         self._size = None
         self.frames_decoded = 0
@@ -264,8 +259,7 @@ class VideoReader:
         self._decoder = self._stream.codec_context
         if self._decoder is None:
             raise VideoDecodeError(f"{self.name}: there is no decoder for its video stream; no frame could be read.")
-        self._decoder.thread_count = self._num_threads
-        self._decoder.thread_type = "AUTO"
+        self._decoder.thread_count = 1  # data-loader workers decode side by side
 
     def _scan(self) -> None:
         """Finds the frames, their order and the keyframes."""

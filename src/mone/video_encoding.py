@@ -1,13 +1,14 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Writing frames as a video file with PyAV. Without torch and transformers."""
 
-import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import av
 import numpy as np
+
+from .video_decoding import check_positive
 
 
 def write_video(
@@ -61,7 +62,6 @@ def write_video(
 
 def check_destination(path: str | os.PathLike, fps: int) -> None:
     """What [`write_video`] refuses before it has frames: a missing folder, an `fps` that is no positive integer."""
-    if isinstance(fps, bool) or not isinstance(fps, numbers.Integral) or fps < 1:
-        raise ValueError(f"fps={fps!r} must be an integer of at least 1.")
+    check_positive(fps=fps)
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {Path(path).parent}.")

@@ -2,7 +2,6 @@
 """Video processor of MoNE-ViViT: files or frames in, sampled and normalised `pixel_values` out."""
 
 import contextlib
-import numbers
 import os
 import tempfile
 from typing import Any, TypedDict
@@ -23,7 +22,7 @@ from transformers.image_utils import (
 from transformers.utils import TensorType, logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .video_decoding import VideoDecodeError, VideoReader, clip_indices, uniform_indices
+from .video_decoding import VideoDecodeError, VideoReader, check_positive, clip_indices, uniform_indices
 
 
 logger = logging.get_logger(__name__)
@@ -57,10 +56,10 @@ class MoNEViViTVideoProcessorKwargs(TypedDict, total=False):
     do_center_crop: bool | None
     crop_size: int | list[int] | tuple[int, ...] | dict[str, int] | None
     do_rescale: bool | None
-    rescale_factor: float | None
+    rescale_factor: float | int | None
     do_normalize: bool | None
-    image_mean: float | list[float] | tuple[float, ...] | None
-    image_std: float | list[float] | tuple[float, ...] | None
+    image_mean: float | int | list[float | int] | tuple[float | int, ...] | None
+    image_std: float | int | list[float | int] | tuple[float | int, ...] | None
     input_data_format: str | ChannelDimension | None
     device: str | torch.device | None
     return_tensors: str | TensorType | None
@@ -267,20 +266,23 @@ def _check_values(
 ) -> None:
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} must be one of {SAMPLINGS}.")
-    counts = {"num_frames": num_frames, "frame_sampling_rate": frame_sampling_rate, "num_clips": num_clips}
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-    if num_clips > 1 and not (do_sample_frames and sampling == "dense"):
-        raise ValueError(
-            f"num_clips={num_clips} must be 1 unless do_sample_frames=True and sampling='dense', got "
-            f"do_sample_frames={do_sample_frames} and sampling={sampling!r}."
-        )
+    check_positive(num_frames=num_frames, frame_sampling_rate=frame_sampling_rate)
+    check_num_clips(num_clips, do_sample_frames, sampling)
     for name, value in (("size", dict(size)), ("crop_size", dict(crop_size))):
         if any(length is not None and length < 1 for length in value.values()):
             raise ValueError(f"{name}={value} must hold lengths of at least 1.")
     if return_tensors is not None:
         TensorType(return_tensors)  # raises ValueError with what is allowed
+
+
+def check_num_clips(num_clips: int, do_sample_frames: bool, sampling: str) -> None:
+    """Raise ValueError for what is no number of clips, and for several where frames are not sampled densely."""
+    check_positive(num_clips=num_clips)
+    if num_clips > 1 and not (do_sample_frames and sampling == "dense"):
+        raise ValueError(
+            f"num_clips={num_clips} must be 1 unless do_sample_frames=True and sampling='dense', got "
+            f"do_sample_frames={do_sample_frames} and sampling={sampling!r}."
+        )
 
 
 def _is_file(video) -> bool:
@@ -332,7 +334,7 @@ def _check_frames(video, name: str, input_data_format) -> tuple[Any, bool]:
     if len(video) == 0:
         raise ValueError(f"{name} must have at least one frame, got none.")
     if all(isinstance(frame, Image.Image) for frame in video):
-        modes = sorted({frame.mode for frame in video if frame.mode.startswith("I")})
+        modes = sorted({frame.mode for frame in video if frame.mode.startswith(("I", "F"))})
         if modes:  # which Pillow would cut to 0 and 255
             raise ValueError(f"{name} has grey levels of more than 8 bits, mode {', '.join(modes)}: scale them to 8.")
         shapes = {(frame.height, frame.width, 3) for frame in video}

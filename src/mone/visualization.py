@@ -25,7 +25,7 @@ from .capacity import effective_capacity
 from .configuration_mone import MoNEConfig, MoNEViViTConfig
 from .flops import count_macs
 from .modeling_mone import patch_grid
-from .video_decoding import uniform_indices
+from .video_decoding import check_positive, uniform_indices
 from .video_encoding import check_destination, write_video
 
 
@@ -193,8 +193,7 @@ def draw_routed_video(
         VideoDecodeError: a file that cannot be downloaded or decoded.
         ImportError: without matplotlib.
     """
-    if isinstance(max_columns, bool) or not isinstance(max_columns, numbers.Integral) or max_columns < 1:
-        raise ValueError(f"max_columns={max_columns!r} must be an integer of at least 1.")
+    check_positive(max_columns=max_columns)
     panels, titles = _routed_clip(
         model, video_processor, video, capacities, router, all_experts, interpolate_pos_encoding
     )

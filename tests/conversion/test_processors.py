@@ -92,6 +92,21 @@ def test_a_video_processor_normalises_as_the_new_image_processor(caplog):
     assert "dinov2.onnx has no image processor" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "black", "white"),
+    [
+        ({"do_normalize": False}, 0, 1),
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}, -1, 1),
+        ({"do_rescale": False, "do_normalize": False}, 0, 255),
+    ],
+)
+def test_a_video_processor_scales_pixels_as_the_image_processor(settings, black, white):
+    processor = make_video_processor(MoNEViViTConfig(image_size=32), ViTImageProcessor(**settings))
+    for value, expected in ((0, black), (255, white)):
+        pixels = processor(np.full((32, 40, 40, 3), value, np.uint8), return_tensors="pt").pixel_values
+        assert torch.allclose(pixels.float(), torch.tensor(float(expected)), atol=1e-5)
+
+
 def test_the_processor_of_clip(tmp_path):
     make_vit("clip model").save_pretrained(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)

@@ -40,6 +40,12 @@ def test_more_grey_levels_than_bytes_hold_are_refused(train, mode):
         transform(image)
 
 
+@pytest.mark.parametrize("min_crop", [-0.5, 0, 2])
+def test_a_crop_that_is_no_share_of_the_image_makes_no_image_unreadable(min_crop):
+    with pytest.raises(ValueError, match=rf"min_crop={min_crop} must be a share"):
+        make_image_transforms(ViTImageProcessor(), (8, 8), train=True, min_crop=min_crop)
+
+
 def test_evaluation_sees_what_the_image_processor_makes():
     processor = ViTImageProcessor(size={"height": 32, "width": 24}, do_normalize=False)
     image = picture(0, size=(48, 40))

@@ -266,6 +266,15 @@ def test_options_that_are_not_allowed(options):
         make_video_transforms(processor_of(), train=True, **options)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "num_clips", "message"),
+    [("dense", 0, "num_clips=0 must be an integer"), ("uniform", 4, "num_clips=4 must be 1 unless .*'uniform'")],
+)
+def test_clips_that_are_not_allowed_are_no_unreadable_videos(sampling, num_clips, message):
+    with pytest.raises(ValueError, match=message):
+        make_video_transforms(processor_of(sampling=sampling), train=False, num_clips=num_clips)
+
+
 def test_a_damaged_file_is_skipped_and_counted(folder, tmp_path, caplog):
     for i in range(3):
         write(tmp_path / "t" / "cat" / f"{i}.mp4", seed=i)

@@ -38,7 +38,7 @@ def test_options_after_a_file_win_over_it(tmp_path):
         "output_dir: out\nlearning_rate: 1e-3\nflip: false\neval_capacities: [0.2, 0.4]\nhead_bias: -10\n"
         "config_overrides:\n  hidden_size=64, router_layers=(0,1),\n  pooling=cls\n"
         "train_file: [a.parquet, b.parquet]\n"
-        "lr_scheduler_kwargs: {num_cycles: 2}\nmax_train_samples: null\ncapacity: 0.4\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\nmax_train_samples: null\ncapacity: 0.4\ncapacity_grid: []\n"
     )
     model, data, training = parse(str(file))
     assert (training.learning_rate, training.eval_capacities, training.capacity) == (1e-3, [0.2, 0.4], 0.4)

@@ -30,16 +30,9 @@ PROCESSOR_FILES = {
     "processor_config.json": "image_processor",
     "config.json": "pretrained_cfg",  # timm's
 }
+NORMALISATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 # What a new image processor takes over from the source's.
-KEPT_SETTINGS = (
-    "resample",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-)
+KEPT_SETTINGS = ("resample", *NORMALISATION, "do_convert_rgb")
 
 
 def load_image_processor(source: str | Path, **hub) -> BaseImageProcessor | None:
@@ -201,7 +194,7 @@ def make_video_processor(
     """
     height, width = as_pair(config.image_size)
     if image_processor is not None:
-        options = {"image_mean": image_processor.image_mean, "image_std": image_processor.image_std, **options}
+        options = {name: getattr(image_processor, name) for name in NORMALISATION} | options
     defaults = {
         "size": {"shortest_edge": round(256 / 224 * max(height, width))},  # ViViT's for Kinetics-400
         "crop_size": {"height": height, "width": width},

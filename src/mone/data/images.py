@@ -92,6 +92,8 @@ def make_image_transforms(
         ValueError: an option that is not allowed, or, for training, a processor that does more than rescale and
             normalise.
     """
+    if not 0 < min_crop <= 1:
+        raise ValueError(f"min_crop={min_crop} must be a share of the image's area, in (0, 1].")
     augment = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
         return functools.partial(_process, image_processor)

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from transformers.image_utils import SizeDict
 
 from ..video_decoding import VideoReader, dense_indices, uniform_indices
-from ..video_processing_mone import MoNEViViTVideoProcessor
+from ..video_processing_mone import MoNEViViTVideoProcessor, check_num_clips
 from .augmentation import randaugment
 from .sources import load_labelled_datasets, make_dataset, read_parquet, walk
 from .video_lists import read_video_list
@@ -146,6 +146,7 @@ def make_video_transforms(
             raise ValueError(f"{name}={value} must be a probability in [0, 1].")
     distort = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
+        check_num_clips(num_clips, video_processor.do_sample_frames, video_processor.sampling)
         return functools.partial(_read_clips, video_processor, num_clips=num_clips)
 
     steps = [v2.RandomHorizontalFlip()] if flip else []

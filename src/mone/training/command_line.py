@@ -184,7 +184,7 @@ def _as_options(settings: dict) -> list[str]:
     options = []
     for name, value in settings.items():
         if isinstance(value, list):
-            options += [f"--{name}", *map(str, value)]
+            options += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
             options.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return options
