@@ -7,6 +7,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from mone.nested_linear import (
+    add_out,
     SHARED_ROWS,
     NestedIn,
     NestedOut,
@@ -171,7 +172,7 @@ def test_weights_that_know_linear_layers_only(slices, requires_grad):
 
         def run():
             *projections, last = modules
-            added = [] if requires_grad else [last(x, slices, residual)]
+            added = [] if requires_grad else [add_out(residual, x, last, slices)]
             return [*nested_in_together(x, tuple(projections), slices), last(x, slices), *added]
 
         expected = run()

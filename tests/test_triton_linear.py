@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mone import MoNEConfig, MoNEForImageClassification
 from mone.nested_linear import NestedIn, NestedOut, lay_out_for_inference
-from mone.triton_linear import Tiles, is_possible, normalise, project_in, project_out, row_table, runs_on
+from mone.triton_linear import Tiles, kernels_can_serve, normalise, project_in, project_out, row_table, runs_on
 
 
 ON_GPU = torch.cuda.is_available()
@@ -223,7 +223,7 @@ def test_the_model_stays_the_same(config, capacity, dtype, used, monkeypatch):
         assert used == ["normalise", "project_in", "project_out"] * 4
         with torch.inference_mode():
             assert torch.equal(model(x, capacity=capacity).logits, result.logits)
-        monkeypatch.setattr("mone.modeling_mone.is_possible", lambda *args: False)
+        monkeypatch.setattr("mone.modeling_mone.kernels_can_serve", lambda *args: False)
         expected = model(x, capacity=capacity, output_hidden_states=True)
     assert len(used) == 24
     assert_close(result.logits, expected.logits, 2 * TOLERANCE[dtype])
@@ -249,7 +249,7 @@ def test_a_layer_takes_any_strides_and_leaves_its_input(used, monkeypatch):
     with torch.no_grad():
         result = layer(x, gate, None, slices)
         assert torch.equal(x, given) and len(used) == 6
-        monkeypatch.setattr("mone.modeling_mone.is_possible", lambda *args: False)
+        monkeypatch.setattr("mone.modeling_mone.kernels_can_serve", lambda *args: False)
         assert_close(result, layer(x.contiguous(), gate, None, slices), 4e-3)
 
 
@@ -257,8 +257,8 @@ def possible(layer, x, slices):
     """Whether attention and MLP may run in kernels."""
     attention, mlp = layer.attention, layer.mlp
     return (
-        is_possible(x, slices, layer.layernorm_before, *attention.children()),
-        is_possible(x, slices, layer.layernorm_after, mlp.fc1, mlp.fc2),
+        kernels_can_serve(x, slices, layer.layernorm_before, *attention.children()),
+        kernels_can_serve(x, slices, layer.layernorm_after, mlp.fc1, mlp.fc2),
     )
 
 

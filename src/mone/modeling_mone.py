@@ -48,6 +48,7 @@ from .nested_linear import (
     NestedIn,
     NestedOut,
     Slice,
+    add_out,
     check_adapters,
     groups,
     is_traced,
@@ -60,7 +61,7 @@ from .nested_linear import (
 )
 from .packed_linear import Packable, PackedLinear
 from .routing import Router
-from .triton_linear import is_possible, normalise, project_in, project_out
+from .triton_linear import kernels_can_serve, normalise, project_in, project_out
 
 
 @dataclass
@@ -152,18 +153,10 @@ class MoNEAttention(Packable):
         those of `triton_linear`; the caller has checked that this is possible.
         """
         packs = None if residual is None else self.usable_packs(hidden_states)
-        if in_kernels:
-            projected = project_in(hidden_states, (self.q_proj, self.k_proj, self.v_proj), slices).chunk(3, dim=-1)
-        elif packs is None:
-            projected = nested_in_together(hidden_states, (self.q_proj, self.k_proj, self.v_proj), slices)
-        else:
-            projected = torch.empty(*hidden_states.shape[:2], 3 * hidden_states.shape[2], dtype=hidden_states.dtype)
-            for start, stop, d in slices:
-                projected[start:stop] = packs[0](hidden_states[start:stop], d)
-            projected = projected.chunk(3, dim=-1)
         order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
         query, key, value = (
-            x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(order) for x in projected
+            x.unflatten(-1, (self.num_attention_heads, self.head_dim)).permute(order)
+            for x in self._project_in(hidden_states, slices, packs, in_kernels)
         )  # (B, H, N, D / H) each
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -173,7 +166,7 @@ class MoNEAttention(Packable):
             dropout = self.attention_dropout if self.training else 0.0
             context = nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, scale=self.scaling)
             context = context.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
-            return project_out(context, self.o_proj, slices, residual), None
+            return self._project_out(context, slices, residual, packs, in_kernels), None
         context, attn_weights = attention_interface(
             self,
             query,
@@ -186,17 +179,32 @@ class MoNEAttention(Packable):
         )
         context = context.flatten(2)  # (B, N, D)
         context = context if batch_first else context.transpose(0, 1)
+        return self._project_out(context, slices, residual, packs, in_kernels), attn_weights
+
+    def _project_in(self, x, slices, packs, in_kernels):
+        """(N, B, D) -> queries, keys and values, (N, B, D) each."""
+        modules = (self.q_proj, self.k_proj, self.v_proj)
         if in_kernels:
-            return project_out(context, self.o_proj, slices, residual), attn_weights
+            return project_in(x, modules, slices).chunk(3, dim=-1)
         if packs is None:
-            if residual is not None and is_untouched(self.o_proj):
-                return self.o_proj(context, slices, residual), attn_weights
-            update = self.o_proj(context, slices)
-            return update if residual is None else residual + widen(update, residual.shape[-1]), attn_weights
-        hidden_states = residual.clone()
+            return nested_in_together(x, modules, slices)
+        joined = x.new_empty(*x.shape[:2], 3 * x.shape[2])
         for start, stop, d in slices:
-            hidden_states[start:stop, :, :d] += packs[1](context[start:stop], d)
-        return hidden_states, attn_weights
+            joined[start:stop] = packs[0](x[start:stop], d)
+        return joined.chunk(3, dim=-1)
+
+    def _project_out(self, context, slices, residual, packs, in_kernels):
+        """(N, B, D) -> the update (N, B, d of the largest expert); with a residual the sum of both, (N, B, D)."""
+        if in_kernels:
+            return project_out(context, self.o_proj, slices, residual)
+        if residual is None:
+            return self.o_proj(context, slices)
+        if packs is None:
+            return add_out(residual, context, self.o_proj, slices)
+        total = residual.clone()
+        for start, stop, d in slices:
+            total[start:stop, :, :d] += packs[1](context[start:stop], d)
+        return total
 
     def projections(self):
         return (self.q_proj, self.k_proj, self.v_proj), (self.o_proj,)
@@ -224,15 +232,12 @@ class MoNEMLP(Packable):
                 return packs[1](packs[0](hidden_states, d, "gelu"), d)
             return packs[1](self.activation_fn(packs[0](hidden_states, d)), d)
         hidden_states = self.fc1(hidden_states, slices)
-        # In place, unless a forward hook may have kept this tensor.
-        in_place = not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks)
         if self.is_gelu and torch.is_grad_enabled() and is_untouched(self.fc2):
             return self.fc2(hidden_states, slices, after_gelu=True)
-        if in_place and self.is_gelu:
-            torch.ops.aten.gelu_(hidden_states)  # stays in the cache; there is no public name
-        else:
-            hidden_states = self.activation_fn(hidden_states)
-        return self.fc2(hidden_states, slices)
+        # In place, so that it stays in the cache, unless a forward hook may have kept this tensor.
+        if self.is_gelu and not (torch.is_grad_enabled() or is_traced() or self.fc1._forward_hooks):
+            return self.fc2(torch.ops.aten.gelu_(hidden_states), slices)  # there is no public name
+        return self.fc2(self.activation_fn(hidden_states), slices)
 
     @property
     def is_gelu(self) -> bool:
@@ -246,7 +251,7 @@ class MoNEMLP(Packable):
         gate: torch.Tensor | None,
         slices: tuple[Slice, ...],
     ) -> torch.Tensor:
-        """`residual + gate * self(hidden_states, slices)`, (N, B, D), into `residual`; only where `is_possible`."""
+        """`residual + gate * self(hidden_states, slices)`, (N, B, D), into `residual`, where `kernels_can_serve`."""
         hidden_states = project_in(hidden_states, (self.fc1,), slices, gelu=self.is_gelu)
         if not self.is_gelu:
             hidden_states = self.activation_fn(hidden_states)
@@ -306,16 +311,15 @@ class MoNELayer(GradientCheckpointingLayer):
 
         # In inference, update in place and one group of rows at a time: the wide hidden features are then still in
         # the cache when fc2 reads them, and compilers find more to fuse.
-        in_kernels = type(self.attention) is MoNEAttention and is_possible(
+        if type(self.attention) is MoNEAttention and kernels_can_serve(
             hidden_states, slices, self.layernorm_before, *self.attention.children()
-        )
-        if in_kernels:
+        ):
             x = normalise(hidden_states, self.layernorm_before, slices)
-            kwargs["in_kernels"] = True
+            kwargs["in_kernels"] = True  # which a replaced attention need not know
         else:
             x = self.layernorm_before(hidden_states)
         hidden_states, _ = self.attention(x, slices, residual=hidden_states, batch_first=batch_first, **kwargs)
-        if type(self.mlp) is MoNEMLP and is_possible(
+        if type(self.mlp) is MoNEMLP and kernels_can_serve(
             hidden_states, slices, self.layernorm_after, self.mlp.fc1, self.mlp.fc2
         ):
             x = normalise(hidden_states, self.layernorm_after, slices)

@@ -50,25 +50,14 @@ class NestedIn(nn.Linear):
 class NestedOut(nn.Linear):
     """Out-projection: the first d features of an expert's tokens are `weight[:d] x[n] + bias[:d]`, the rest 0."""
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        slices: tuple[Slice, ...],
-        residual: torch.Tensor | None = None,
-        after_gelu: bool = False,
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, slices: tuple[Slice, ...], after_gelu: bool = False) -> torch.Tensor:
         """(N, B, I) -> (N, B, d of the largest expert among the slices).
 
         Args:
             x: need not be contiguous. This very tensor is kept for the gradients, and no contiguous copy.
-            residual: (N, B, D) to add, so that the result is (N, B, D); only where no gradients are taken.
             after_gelu: project GELU(x), which is not kept for the gradients but computed again.
         """
         width = slices[0][2]
-        if residual is not None:
-            if is_plain(self.weight) and not is_traced() and not _autocasts(x.device):
-                return add_expanded(residual, x.contiguous(), self.weight.t(), self.bias, slices)
-            return residual + widen(self(x, slices), residual.shape[-1])
         if is_traced() or not is_plain(self.weight):
             x = nn.functional.gelu(x) if after_gelu else x
             parts = (
@@ -115,6 +104,13 @@ def nested_in_together(
     return nested_in(x, weight, bias, slices).chunk(len(modules), dim=-1)
 
 
+def add_out(residual: torch.Tensor, x: torch.Tensor, module: NestedOut, slices: tuple[Slice, ...]) -> torch.Tensor:
+    """(N, B, D), (N, B, I) -> (N, B, D): `residual` and what the out-projection makes of x; only without gradients."""
+    if is_untouched(module) and not is_traced() and not _autocasts(x.device):
+        return add_expanded(residual, x.contiguous(), module.weight.t(), module.bias, slices)
+    return residual + widen(module(x, slices), residual.shape[-1])
+
+
 def lay_out_for_inference(module: NestedIn | NestedOut) -> None:
     """Store the weight input by input: the same values and shape, in another memory layout.
 
@@ -140,12 +136,16 @@ def check_adapters(*modules: nn.Module) -> None:
             )
 
 
+# What of a module others may have changed: `is_plain` asks for its weight, `is_unhooked` for what a call runs,
+# `is_untouched` for both and its class. `is_watched` is for a module of ours that holds others.
+
+
 def is_untouched(module: nn.Module) -> bool:
-    """Whether the projection has no hooks and was not replaced, as by an adapter, nor its weight quantised."""
-    return type(module) in (NestedIn, NestedOut) and is_plain(module.weight) and is_unhooked(module)
+    """Whether the projection or norm has no hooks and was not replaced, as by an adapter, nor its weight quantised."""
+    return type(module) in (NestedIn, NestedOut, nn.LayerNorm) and is_plain(module.weight) and is_unhooked(module)
 
 
-def is_plain(weight: torch.Tensor) -> bool:
+def is_plain(weight: torch.Tensor | None) -> bool:
     """Whether the weight is an ordinary tensor; types of quantised ones may know only linear layers and slices."""
     return type(weight) in (nn.Parameter, torch.Tensor)
 

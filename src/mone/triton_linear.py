@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .nested_linear import NestedIn, NestedOut, Slice, is_plain, is_traced, is_unhooked, is_untouched
+from .nested_linear import NestedIn, NestedOut, Slice, is_plain, is_traced, is_untouched
 
 
 try:
@@ -51,14 +51,14 @@ IN_TILES = Tiles(128, 128, 64, 8, 3), Tiles(64, 64, 64, 4, 4)
 OUT_TILES = Tiles(128, 64, 64, 4, 4), Tiles(64, 64, 64, 4, 4)
 
 
-def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module) -> bool:
+def kernels_can_serve(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module) -> bool:
     """Whether the kernels compute for x (N, B, D) what these projections and norms would, and faster."""
     # One full expert is the dense model, whose products are those that cuBLAS is made for.
     if len(slices) == 1 and slices[0][2] == x.shape[-1]:
         return False
     if torch.is_grad_enabled() or is_traced() or torch.is_autocast_enabled("cuda"):
         return False
-    if x.dtype not in (torch.float16, torch.bfloat16) or not all(_is_unaltered(module) for module in modules):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not all(is_untouched(module) for module in modules):
         return False
     tensors = [tensor for module in modules for tensor in (module.weight, module.bias) if tensor is not None]
     return (
@@ -70,13 +70,6 @@ def is_possible(x: torch.Tensor, slices: tuple[Slice, ...], *modules: nn.Module)
         and len({(m.weight.shape, m.weight.stride(), m.bias is None) for m in modules if type(m) is NestedIn}) <= 1
         and runs_on(x.device)
     )
-
-
-def _is_unaltered(module: nn.Module) -> bool:
-    """Whether this is a norm or a projection, and calling it does what its class says and nothing else."""
-    if type(module) is nn.LayerNorm:
-        return module.elementwise_affine and is_unhooked(module)
-    return is_untouched(module)
 
 
 _runs_on: dict[torch.device, bool] = {}

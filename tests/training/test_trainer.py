@@ -161,6 +161,23 @@ def test_several_evaluation_sets(tmp_path):
     assert {f"eval_{s}_capacity_{c}_accuracy" for s in "ab" for c in ("0.2", "1")} <= set(metrics)
 
 
+@pytest.mark.parametrize("capacity", [0.3, (0.0, 0.0, 1.0, 0.0)])
+def test_a_calls_capacity_beats_the_arguments(tmp_path, capacity):
+    evaluation = {"a": rows(4), "b": rows(8)}
+    trainer = make_trainer(tmp_path, capacity=0.4, evaluation=evaluation, eval_capacities=[0.2, 1.0])
+    seen = record_capacities(trainer.model)
+    metrics = trainer.evaluate(capacity=capacity)
+    assert "eval_a_accuracy" in metrics and not any("_capacity_" in key for key in metrics)
+    trainer.evaluate(evaluation["a"], capacity=capacity)
+    trainer.predict(evaluation["a"], capacity=capacity)
+    assert set(seen) == {capacity} and len(seen) >= 4
+    with pytest.raises(ValueError, match=r"capacity=0\.01 is out of range"):
+        trainer.predict(evaluation["a"], capacity=0.01)
+    del seen[:]
+    trainer.evaluate(evaluation["a"])
+    assert set(seen) == {0.2, 1.0}, "it holds for one call"
+
+
 def test_prediction_without_labels_runs_at_the_capacity(tmp_path):
     trainer = make_trainer(tmp_path, capacity=0.4)
     seen = record_capacities(trainer.model)

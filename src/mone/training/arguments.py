@@ -150,7 +150,7 @@ class MoNETrainingArguments(TrainingArguments):
         if len(set(names)) < len(self.eval_capacities):
             raise ValueError(
                 f"eval_capacities={self.eval_capacities} must be numbers that differ in their first six digits, which "
-                "name their metrics."
+                "name their metrics; shares are for trainer.evaluate(capacity=...)."
             )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1].")

@@ -26,13 +26,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_ob
 from ..capacity import as_plain, effective_capacity, paper_grid
 from ..checkpoints import is_written_by_hand
 from ..configuration_mone import MoNEConfig
-from ..data import IGNORED, LabelledStream, bytes_to_pixels
+from ..data import LabelledStream, bytes_to_pixels
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
 from ..routing import Router
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
 from .learning_rates import set_learning_rates
+from .mixing import mixup, soft_labels
 from .resumption import (
     Interruption,
     check_not_deepspeed,
@@ -317,6 +318,8 @@ class MoNETrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_settings(resume_from_checkpoint, self._settings())  # before weights that may not fit
         try:
             with self._interruption:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -356,7 +359,7 @@ class MoNETrainer(Trainer):
         if self.softens_labels:
             count = inputs["labels"].numel()
             inputs |= self._soften_labels(inputs["pixel_values"], inputs["labels"])
-            if num_items_in_batch is not None:
+            if num_items_in_batch is not None:  # counts probabilities, as `classification_loss` does: many an example
                 num_items_in_batch = num_items_in_batch * (inputs["labels"].numel() // count)
         if self.args.bce_sum:
             num_items_in_batch = num_items_in_batch / self.model.config.num_labels  # the number of examples
@@ -390,24 +393,18 @@ class MoNETrainer(Trainer):
 
     def _soften_labels(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Smoothed and mixed: labels (batch,) or (batch, num_labels) -> probabilities (batch, num_labels)."""
-        num_labels, smoothing = self.model.config.num_labels, self.args.label_smoothing_factor
+        args = self.args
         if labels.dim() > 1 and not self._problem_type_was_given:
             raise ValueError(
                 f"Labels of shape {tuple(labels.shape)} with mixup or label_smoothing_factor: set "
                 "config.problem_type, 'multi_label_classification' for any number of classes, "
                 "'single_label_classification' for probabilities of one."
             )
-        counts = 1
-        if labels.dim() == 1:
-            counts = (labels != IGNORED).unsqueeze(1)  # no class has a share of an example that does not count
-            labels = torch.nn.functional.one_hot(labels.clamp_min(0), num_labels).to(pixel_values.dtype)
-        labels = (labels * (1 - smoothing) + smoothing / num_labels) * counts
-        if self.args.mixup > 0:
-            # Like the capacity, the same on every rank and after resumption, and the same for images and clips.
-            share = random.Random(f"mixup-{self.args.seed}-{self.state.global_step}").betavariate(
-                self.args.mixup, self.args.mixup
-            )
-            pixel_values, labels = (torch.lerp(x, x.roll(1, 0), 1 - share) for x in (pixel_values, labels))
+        labels = soft_labels(labels, self.model.config.num_labels, args.label_smoothing_factor, pixel_values.dtype)
+        if args.mixup > 0:
+            # Like the capacity, the same on every rank and after resumption.
+            rng = random.Random(f"mixup-{args.seed}-{self.state.global_step}")
+            pixel_values, labels = mixup(pixel_values, labels, args.mixup, rng)
         return {"pixel_values": pixel_values, "labels": labels}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -416,25 +413,29 @@ class MoNETrainer(Trainer):
         In training, the labels' loss and the teacher's are weighted by `args.distillation_weight`. The dense model
         that teaches itself has its labels alone.
         """
-        if inputs["pixel_values"].dim() < 6:
-            if not model.training or return_outputs:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            labels = inputs.get("labels")  # which Trainer takes out for a loss of the user's own
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            capacity = inputs["capacity"]
-            self._statistics.add_forward(
-                effective_capacity(self.model.config.resolve_capacity(capacity)),
-                outputs["router_logits"],
-                outputs["expert_indices"],
-            )
-            if self.args.distill_from == "self" and is_dense(capacity):
-                self._teacher_logits = outputs["logits"].detach()
-            elif self._teacher_logits is not None:
-                divergence = self._distillation_loss(outputs["logits"], labels, num_items_in_batch)
-                weight = self.args.distillation_weight
-                loss = (1 - weight) * loss + weight * divergence
-            return loss
-        inputs = dict(inputs)
+        if inputs["pixel_values"].dim() > 5:
+            loss, logits = self._loss_of_clips(model, dict(inputs), num_items_in_batch)
+            return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        if not model.training or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.get("labels")  # which Trainer takes out for a loss of the user's own
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        capacity = inputs["capacity"]
+        self._statistics.add_forward(
+            effective_capacity(self.model.config.resolve_capacity(capacity)),
+            outputs["router_logits"],
+            outputs["expert_indices"],
+        )
+        if self.args.distill_from == "self" and is_dense(capacity):
+            self._teacher_logits = outputs["logits"].detach()
+        elif self._teacher_logits is not None:
+            divergence = self._distillation_loss(outputs["logits"], labels, num_items_in_batch)
+            weight = self.args.distillation_weight
+            loss = (1 - weight) * loss + weight * divergence
+        return loss
+
+    def _loss_of_clips(self, model, inputs, num_items_in_batch):
+        """Loss, None without labels, and mean logits (batch, num_labels) of several clips of each video."""
         labels, clips = inputs.pop("labels", None), inputs.pop("pixel_values").unbind(1)
         # One after the other: memory does not grow with their number.
         logits = torch.stack([model(pixel_values=clip, **inputs).logits for clip in clips]).mean(0)
@@ -443,7 +444,7 @@ class MoNETrainer(Trainer):
             loss = self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=num_items_in_batch)
         elif labels is not None:
             loss = classification_loss(self.model, logits, labels, num_items_in_batch)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        return loss, logits
 
     def _distillation_loss(self, logits, labels, num_items_in_batch):
         loss = distillation_loss(
@@ -464,27 +465,54 @@ class MoNETrainer(Trainer):
         capacity = self.capacity if self._eval_capacity is None else self._eval_capacity
         return super().prediction_step(model, {**inputs, "capacity": capacity}, *args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """As Trainer's, at `args.eval_capacities` (default: one evaluation at `args.capacity`).
+    @contextlib.contextmanager
+    def _evaluating_at(self, capacity):
+        """Evaluate at this capacity; None for what it would be without."""
+        if capacity is not None:
+            self.model.config.resolve_capacity(capacity)
+        before = self._eval_capacity
+        self._eval_capacity = before if capacity is None else capacity
+        try:
+            yield
+        finally:
+            self._eval_capacity = before
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test", capacity=None):
+        """As Trainer's, at one `capacity` (default: `args.capacity`).
+
+        Raises:
+            ValueError: a capacity that is not allowed.
+        """
+        with self._evaluating_at(capacity):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval", capacity=None
+    ) -> dict[str, float]:
+        """As Trainer's, at one `capacity`, or without it at `args.eval_capacities` (default: at `args.capacity`).
 
         With several capacities the metrics of each are named `{prefix}_capacity_{capacity:g}_...`, and
         `{prefix}_loss`, `{prefix}_accuracy`, ... are their means, by which the best checkpoint is chosen.
+
+        Raises:
+            ValueError: a capacity that is not allowed.
         """
-        if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
-            # Trainer calls this again for each of several data sets.
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with self._not_training():
-            if not self.args.eval_capacities:
+        with self._evaluating_at(capacity):
+            if isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict):
+                # Trainer calls this again for each of several data sets.
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            return self._evaluate_capacities(self.get_eval_dataloader(eval_dataset), ignore_keys, metric_key_prefix)
+            with self._not_training():
+                if self._eval_capacity is not None or not self.args.eval_capacities:
+                    return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                loader = self.get_eval_dataloader(eval_dataset)
+                return self._evaluate_capacities(loader, ignore_keys, metric_key_prefix)
 
     def _evaluate_capacities(self, loader, ignore_keys, metric_key_prefix) -> dict[str, float]:
         metrics, values = {}, {}
-        try:
-            for capacity in self.args.eval_capacities:
-                self._eval_capacity = capacity
-                prefix = f"{metric_key_prefix}_capacity_{capacity:g}"
-                start = time.time()
+        for capacity in self.args.eval_capacities:
+            prefix = f"{metric_key_prefix}_capacity_{capacity:g}"
+            start = time.time()
+            with self._evaluating_at(capacity):
                 output = self.evaluation_loop(
                     loader,
                     description=f"Evaluation at capacity {capacity:g}",
@@ -492,12 +520,10 @@ class MoNETrainer(Trainer):
                     ignore_keys=ignore_keys,
                     metric_key_prefix=prefix,
                 )
-                for key, value in output.metrics.items():
-                    values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
-                metrics.update(output.metrics)
-                metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples))
-        finally:
-            self._eval_capacity = None
+            for key, value in output.metrics.items():
+                values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
+            metrics.update(output.metrics)
+            metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples))
         metrics.update(
             {
                 key: sum(entries) / len(entries)
@@ -619,9 +645,7 @@ class MoNETrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        check_settings(resume_from_checkpoint, self._settings())  # before weights that may not fit
-        if not self.is_deepspeed_enabled:
-            check_not_deepspeed(resume_from_checkpoint)
+        check_not_deepspeed(resume_from_checkpoint)
         if not crosses_fsdp(resume_from_checkpoint, self.is_fsdp_enabled):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_model(resume_from_checkpoint, self.model if model is None else model)
@@ -644,15 +668,13 @@ class MoNETrainer(Trainer):
         return settings
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None:
-            check_settings(checkpoint, self._settings())
-        if checkpoint is not None and not self.is_deepspeed_enabled and not Path(checkpoint, SCHEDULER_NAME).is_file():
+        if not self.is_deepspeed_enabled and not Path(checkpoint, SCHEDULER_NAME).is_file():
             logger.warning(
                 "The checkpoint %s has weights only, as --save_only_model wrote it: optimiser and learning rate start "
                 "anew at step %d, and the result is not that of a run in one go.",
                 *(checkpoint, self.state.global_step),
             )
-        if checkpoint is None or not crosses_fsdp(checkpoint, self.is_fsdp_enabled):
+        if not crosses_fsdp(checkpoint, self.is_fsdp_enabled):
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(checkpoint, self.model, self.optimizer.optimizer)
         path = os.path.join(checkpoint, SCHEDULER_NAME)
