@@ -7,10 +7,10 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from mone.nested_linear import (
-    add_out,
     SHARED_ROWS,
     NestedIn,
     NestedOut,
+    add_out,
     blocks,
     groups,
     lay_out_for_inference,

@@ -359,22 +359,17 @@ def test_a_damaged_image_does_not_end_a_run(tmp_path):
     assert metrics["train_unreadable"] == metrics["eval_unreadable"] == 1
 
 
-def test_a_run_that_had_finished_keeps_its_numbers(tmp_path, parquet):
+@pytest.mark.parametrize("length", [("--num_train_epochs", "1"), ("--max_steps", "1")], ids=str)
+def test_a_run_that_had_finished_keeps_its_numbers(tmp_path, parquet, length):
     arguments = [
-        *(*parquet, "--config_overrides", TINY, "--do_train", "--num_train_epochs", "1", "--output_dir"),
-        *(
-            str(tmp_path / "out"),
-            "--per_device_train_batch_size",
-            "100",
-            "--cache_dir",
-            str(tmp_path / "cache"),
-            *QUIET,
-        ),
+        *(*parquet, "--config_overrides", TINY, "--do_train", *length, "--per_device_train_batch_size", "10"),
+        *("--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), *QUIET),
     ]
     script.main(arguments)
-    before = (tmp_path / "out" / "train_results.json").read_text()
+    files = [tmp_path / "out" / name for name in ("train_results.json", "model.safetensors")]
+    before = [file.read_bytes() for file in files]
     script.main(arguments)
-    assert (tmp_path / "out" / "train_results.json").read_text() == before
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_arguments_from_a_yaml_file(tmp_path, parquet):

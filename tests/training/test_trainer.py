@@ -1261,6 +1261,19 @@ def test_another_training_does_not_go_on_from_a_checkpoint(tmp_path, model, args
     assert trainer._initial_global_step == 2
 
 
+@pytest.mark.parametrize("max_steps", [3, 4], ids=["inside an epoch", "whole epochs"])
+def test_a_run_that_took_all_its_steps_takes_no_more(tmp_path, max_steps):
+    args = {"max_steps": max_steps, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    first = make_trainer(tmp_path, train=rows(8), capacity=0.5, **args)  # of two steps an epoch
+    first.train()
+    again = make_trainer(tmp_path, train=rows(8), capacity=0.5, **args)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == again._initial_global_step == max_steps
+    assert not (tmp_path / "out" / f"checkpoint-{max_steps + 1}").exists()
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
 def test_a_signal_after_the_last_step_loses_nothing(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
     evaluate = trainer.evaluate

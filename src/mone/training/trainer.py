@@ -273,6 +273,11 @@ class MoNETrainer(Trainer):
         args.max_steps = steps
         return super().set_initial_training_values(args, dataloader)
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
+        """As Trainer's, which would take one step more where a run took its last one inside an epoch."""
+        place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else place
+
     # --- data --------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self):
