@@ -67,20 +67,15 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor, data_sets = task.load(model_args, data_args, args)
     examples = data_sets["validation"]
     size = count_rows(examples.split)
-    num_clips = task.clips_of_evaluation(processor, data_args) if is_video else 1
-    numbers = data_args.clips if is_video else []
-    if numbers:
-        rows = []
-        for number in numbers:
+    num_clips = processor.clips_of_evaluation if is_video else 1
+    rows, numbers = [], data_args.clips if is_video else []
+    for number in numbers or [num_clips]:
+        name = "MoNE" if is_mone else "MoNE, converted and not trained"
+        if numbers:
             examples.transforms = make_video_transforms(processor, train=False, num_clips=number)
             name = f"MoNE, {number}x1"
-            rows += measure_accuracy(
-                model, processor, examples, args, name=name, num_clips=number, calibration=data_args.calibration
-            )
-    else:
-        name = "MoNE" if is_mone else "MoNE, converted and not trained"
-        rows = measure_accuracy(
-            model, processor, examples, args, name=name, num_clips=num_clips, calibration=data_args.calibration
+        rows += measure_accuracy(
+            model, processor, examples, args, name=name, num_clips=number, calibration=data_args.calibration
         )
 
     data = data_args.dataset_name or data_args.validation_dir or " ".join(data_args.validation_file)

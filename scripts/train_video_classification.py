@@ -16,7 +16,7 @@ import functools
 import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoVideoProcessor, BaseVideoProcessor
+from transformers import AutoVideoProcessor
 
 from mone import MoNEViViTConfig, MoNEViViTForVideoClassification
 from mone.configuration_mone import as_pair
@@ -73,7 +73,13 @@ class VideoArguments(DataArguments):
     frame_sampling_rate: int | None = field(
         default=None, metadata={"help": "Distance of a dense clip's frames. Default: the checkpoint's, else 2."}
     )
-    num_clips: int = field(default=8, metadata={"help": "Clips of a video whose logits an evaluation averages."})
+    num_clips: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clips of a video over whose logits an evaluation, and a pipeline of the saved model, averages. "
+            "Default: the checkpoint's, else 8 of what is sampled densely."
+        },
+    )
     scale_jitter: list[float] = field(
         default_factory=lambda: [0.9, 1.33],
         metadata={"help": "Smallest and largest factor of the size to which training frames are resized."},
@@ -91,13 +97,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor, data_sets = load(model_args, data_args, training_args)
     if data_args.measure_input:
         return report_input(data_sets["train"], data_args, training_args)
-    num_clips = clips_of_evaluation(processor, data_args)
+    num_clips = processor.clips_of_evaluation
     return train_and_evaluate(model, processor, data_sets, training_args, "video-classification", num_clips)
-
-
-def clips_of_evaluation(processor: BaseVideoProcessor, data_args: VideoArguments) -> int:
-    """Clips of each video: there is one only where its frames are spread over the whole."""
-    return 1 if processor.sampling == "uniform" else data_args.num_clips
 
 
 def load(model_args: VideoModelArguments, data_args: VideoArguments, training_args: MoNETrainingArguments):
@@ -140,7 +141,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
 
     if not checkpoint:
         start_classifier(model, model_args.head_bias)
-    options = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
+    options = {name: getattr(data_args, name) for name in ("sampling", "frame_sampling_rate", "num_clips")}
     options = {name: value for name, value in options.items() if value is not None}
     if checkpoint:
         options["num_frames"] = model.config.num_frames
@@ -159,7 +160,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
     transforms = functools.partial(
         make_video_transforms,
         processor,
-        num_clips=clips_of_evaluation(processor, data_args),
+        num_clips=processor.clips_of_evaluation,
         flip=data_args.flip,
         scale_jitter=tuple(data_args.scale_jitter),
         color_jitter=data_args.color_jitter,

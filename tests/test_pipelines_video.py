@@ -75,9 +75,22 @@ def expected(pipe, video, capacity, **options):
 def test_capacity_at_construction_and_per_call(model_folder, videos):
     pipe = pipeline("video-classification", model=model_folder, capacity=0.4)
     assert isinstance(pipe, MoNEVideoClassificationPipeline)
-    assert scores(pipe(videos[0], top_k=6)) == pytest.approx(expected(pipe, videos[0], 0.4), abs=1e-5)
-    assert scores(pipe(videos[0], top_k=6, capacity=0.2)) == pytest.approx(expected(pipe, videos[0], 0.2), abs=1e-5)
+    assert scores(pipe(videos[0], top_k=6)) == pytest.approx(expected(pipe, videos[0], 0.4, num_clips=8), abs=1e-5)
+    at_less = scores(pipe(videos[0], top_k=6, capacity=0.2))
+    assert at_less == pytest.approx(expected(pipe, videos[0], 0.2, num_clips=8), abs=1e-5)
     assert expected(pipe, videos[0], 0.2) != pytest.approx(expected(pipe, videos[0], 0.4), abs=1e-3)
+
+
+def test_the_papers_clips_unless_the_processor_has_others(model_folder, videos):
+    results = []
+    for settings, num_clips in (({}, 8), ({"num_clips": 2}, 2), ({"sampling": "uniform"}, 1)):
+        pipe = pipeline("video-classification", model=model_folder, capacity=0.4, top_k=6, frame_sampling_rate=1)
+        for name, value in settings.items():
+            setattr(pipe.video_processor, name, value)
+        options = {"num_clips": num_clips, "frame_sampling_rate": 1}
+        results.append(scores(pipe(videos[0])))
+        assert results[-1] == pytest.approx(expected(pipe, videos[0], 0.4, **options), abs=1e-5)
+    assert results[0] != pytest.approx(results[1], abs=1e-4)
 
 
 @pytest.mark.parametrize("num_clips", [1, 3])

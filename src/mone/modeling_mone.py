@@ -654,7 +654,8 @@ def check_pixel_values(
         raise ValueError(f"pixel_values is missing; expected a float tensor of shape {expected}.")
     shape = tuple(pixel_values.shape)
     if len(shape) != len(fixed) + 3 or shape[1:-2] != fixed:
-        raise ValueError(f"pixel_values of shape {shape}; expected {expected}.")
+        several = " Average the logits of several clips, as the pipeline does." if len(shape) == 6 else ""
+        raise ValueError(f"pixel_values of shape {shape}; expected {expected}.{several}")
     height, width = shape[-2:]
     if interpolate_pos_encoding:
         if any(s < p or s % p for s, p in zip((height, width), patch_size, strict=True)):

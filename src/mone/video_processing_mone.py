@@ -65,6 +65,10 @@ class MoNEViViTVideoProcessorKwargs(TypedDict, total=False):
     return_tensors: str | TensorType | None
 
 
+# Of the paper, 8 x 1 crop.
+EVALUATION_CLIPS = 8
+
+
 class MoNEViViTVideoProcessor(BaseVideoProcessor):
     r"""
     Samples frames of videos, resizes, crops and normalises them. The defaults are ViViT's for Kinetics-400 (Scenic,
@@ -85,9 +89,9 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
         frame_sampling_rate (`int`, *optional*, defaults to 2):
             Distance between the frames of a dense clip. Lowered, where the clip would not fit in the video, to the
             largest that does; so a video of exactly `num_frames` frames is taken as it is.
-        num_clips (`int`, *optional*, defaults to 1):
-            Dense clips of a video: the middle one, or several with linearly spaced starts, to average the logits of
-            (the paper: 8).
+        num_clips (`int`, *optional*):
+            Dense clips of a video: the middle one, or several with linearly spaced starts, to average the logits of.
+            Without it a call takes one; pipelines and evaluations take [`clips_of_evaluation`].
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
             Whether to turn PIL images of other modes and grey arrays into RGB.
         do_resize, size, resample (*optional*, default to `True`, `{"shortest_edge": 256}`, bilinear):
@@ -124,7 +128,7 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
     sampling = "dense"
     num_frames = 32
     frame_sampling_rate = 2
-    num_clips = 1
+    num_clips = None
     do_convert_rgb = True
     do_resize = True
     size = {"shortest_edge": 256}
@@ -144,6 +148,16 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
         _check_types({name: value for name, value in kwargs.items() if name not in SERVICE_KEYS})
         super().__init__(**kwargs)
         _check_values(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    @property
+    def clips_of_evaluation(self) -> int:
+        """Clips of a video over whose logits predictions are averaged: `num_clips`, or without it 8, as in the paper.
+
+        1 for what is not sampled densely.
+        """
+        if not self.do_sample_frames or self.sampling != "dense":
+            return 1
+        return EVALUATION_CLIPS if self.num_clips is None else self.num_clips
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Also what calling the processor does.
@@ -171,6 +185,7 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
             for name in self._valid_kwargs_names
         }
+        options["num_clips"] = 1 if options["num_clips"] is None else options["num_clips"]
         options = self._standardize_kwargs(**options)
         self._validate_preprocess_kwargs(**options)
         _check_values(**options)
@@ -267,7 +282,8 @@ def _check_values(
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} must be one of {SAMPLINGS}.")
     check_positive(num_frames=num_frames, frame_sampling_rate=frame_sampling_rate)
-    check_num_clips(num_clips, do_sample_frames, sampling)
+    if num_clips is not None:
+        check_num_clips(num_clips, do_sample_frames, sampling)
     for name, value in (("size", dict(size)), ("crop_size", dict(crop_size))):
         if any(length is not None and length < 1 for length in value.values()):
             raise ValueError(f"{name}={value} must hold lengths of at least 1.")

@@ -125,6 +125,7 @@ def test_it_starts_from_an_image_model(tmp_path, clips, kind):
     assert model.config.id2label == {0: "Moving it left", 1: "Moving it right"}
     processor = MoNEViViTVideoProcessor.from_pretrained(tmp_path / "out")
     assert (processor.num_frames, dict(processor.crop_size)) == (4, {"height": 32, "width": 32})
+    assert processor.clips_of_evaluation == 2, "which a pipeline averages, too"
 
     # Once more from what it saved, only evaluating: the same numbers, with the checkpoint's own sampling.
     split = [row["path"] for row in script_validation_rows(tmp_path, clips)]
@@ -134,7 +135,7 @@ def test_it_starts_from_an_image_model(tmp_path, clips, kind):
     again = script.main(
         [
             *("--model_name_or_path", str(tmp_path / "out"), "--validation_file", str(tmp_path / "held_out.csv")),
-            *("--video_dir", str(clips), "--do_eval", "--num_clips", "2", "--output_dir", str(tmp_path / "again")),
+            *("--video_dir", str(clips), "--do_eval", "--output_dir", str(tmp_path / "again")),
             *("--capacity", "0.4", *QUIET),
         ]
     )
