@@ -36,7 +36,8 @@ from mone.conversion import (
     load_image_model_and_processor,
     resize_and_crop,
 )
-from mone.data import bytes_to_pixels, collate_examples, load_image_datasets, make_image_transforms
+from mone.data import collate_examples, load_image_datasets, make_image_transforms
+from mone.pixels import bytes_to_pixels
 from mone.training import MoNETrainingArguments
 from mone.training.command_line import DataArguments, ModelArguments, parse_arguments, parse_overrides
 from mone.training.runs import (

@@ -259,6 +259,8 @@ def test_capacity_for_latency_passes_over_noise(monkeypatch):
 def test_a_latency_that_cannot_be_met_names_the_least(monkeypatch):
     fake_clock(monkeypatch, float)
     model, example = latency_model(), example_input(image_config(), 1)
+    with pytest.raises(TypeError, match="milliseconds='5' must be a number"):
+        capacity_for_latency(model, "5", None)  # before anything is timed
     for budget in (100, 0, -1, float("nan")):
         with pytest.raises(ValueError, match=r"cannot be met: capacity 0\.125 already takes 125 ms"):
             capacity_for_latency(model, budget, example)

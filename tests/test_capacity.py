@@ -210,6 +210,19 @@ def test_shares_that_were_typed_are_normalised():
     assert math.fsum(resolve_capacity([0.3333, 0.3333, 0.3333, 0.0])) == pytest.approx(1.0, abs=1e-12)
 
 
+def test_shares_may_be_off_by_a_floats_last_bits():
+    third = 1 / 3
+    assert resolve_capacity((third, third, third + 1e-17, -1e-17)) == pytest.approx((third, third, third, 0.0))
+    assert resolve_capacity((1 + 1e-10, 0, 0, 0)) == (1.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("capacity", [torch.tensor(0.4), torch.full((4,), 0.25), np.array(0.4)])
+def test_tensors_are_told_how_to_become_numbers(capacity):
+    with pytest.raises(ValueError, match=r"neither a finite number .* Pass capacity\.tolist\(\)\."):
+        resolve_capacity(capacity)
+    assert sum(resolve_capacity(capacity.tolist())) == pytest.approx(1.0)
+
+
 def test_sums_of_tenths_reach_the_ends():
     """`np.arange(0.2, 1.01, 0.1)` ends a bit above 1."""
     for capacity in np.arange(0.2, 1.01, 0.1):

@@ -206,6 +206,10 @@ class TestWhatMayDiffer:
         assert same_weights(new.mone.layers, old.mone.layers)
         assert same_weights(new.mone.routers[0], old.mone.routers[0])
         assert new.classifier.bias.shape == (7,)
+        with pytest.raises(
+            ValueError, match=r"not in this model: .* Pass ignore_mismatched_sizes=True to leave them out"
+        ):
+            MoNEForImageClassification.from_pretrained(originals / "image", router_type="random")
         random = MoNEForImageClassification.from_pretrained(
             originals / "image", router_type="random", ignore_mismatched_sizes=True
         )

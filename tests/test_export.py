@@ -177,6 +177,12 @@ def run(session, pixel_values: torch.Tensor) -> dict[str, np.ndarray]:
     return dict(zip(names, session.run(None, {"pixel_values": pixel_values.numpy()}), strict=True))
 
 
+def test_what_is_no_processor_is_said(tmp_path):
+    with pytest.raises(TypeError, match="processor='folder' must be an image or video processor"):
+        export_onnx(image_model(), tmp_path / "model.onnx", 0.4, processor="folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_mean_for_all_channels(tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -202,6 +208,7 @@ def test_metadata_and_what_is_left_in_the_folder(exported):
     assert json.loads(metadata["id2label"]) == {"0": "a", "1": "b", "2": "c", "3": "d", "4": "e"}
     assert json.loads(metadata["image_size"]) == [112, 112]
     assert json.loads(metadata["image_mean"]) == [0.1, 0.2, 0.3] and json.loads(metadata["image_std"]) == [0.5] * 3
+    assert json.loads(metadata["processor"])["rescale_factor"] == 1 / 255
     assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("pixel_values", [3, 112, 112])]
     assert [path.name for path in exported.path.parent.iterdir()] == ["model.onnx"]
 

@@ -186,6 +186,17 @@ def test_a_budget_below_the_least_is_an_error_that_names_the_least(gmacs):
     assert f"{least:.3g}" in str(error.value) and str(gmacs) in str(error.value)
 
 
+def test_what_is_no_config_and_what_is_no_budget_is_said():
+    config = MoNEConfig(**VIT_TINY)
+    model = torch.nn.Linear(1, 1)
+    for count in (lambda: count_macs(model), lambda: capacity_for_macs(model, 1.0)):
+        with pytest.raises(TypeError, match=r"config must be a MoNEConfig, such as model.config, got Linear"):
+            count()
+    for budget in ("0.1", None, True):
+        with pytest.raises(TypeError, match=f"gmacs={budget!r} must be a number"):
+            capacity_for_macs(config, budget)
+
+
 def test_the_least_budget_works():
     config = MoNEConfig(**VIT_TINY)
     least = count_macs(config, 0.125) / 1e9

@@ -158,6 +158,14 @@ def test_expert_indices_count_as_the_capacity_says(router_type, capacity):
 
 
 @torch.no_grad()
+def test_a_router_type_that_is_set_afterwards_is_refused():
+    """It would change nothing, and what is saved could not be loaded."""
+    model = make_model(router_type="learned")
+    model.config.router_type = "random"
+    with pytest.raises(ValueError, match="router_type='random', but this model's routers are 'learned'"):
+        model(make_images(), capacity=0.4)
+
+
 def test_random_router_follows_its_generator():
     model, images = make_model(router_type="random"), make_images()
 

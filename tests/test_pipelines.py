@@ -249,6 +249,16 @@ class TestStockOptions:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
+    def test_more_grey_levels_than_bytes_hold_are_refused(self, folder, tmp_path, task):
+        """transformers' own loading makes them black and white."""
+        image = Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40)
+        image.save(tmp_path / "deep.png")
+        pipe = pipeline(task, model=folder, device="cpu")
+        for item, name in ((image, "the image"), (str(tmp_path / "deep.png"), "deep.png")):
+            with pytest.raises(ValueError, match=rf"{name} has mode 'I;16', grey levels of more than 8 bits"):
+                pipe(item)
+
     @pytest.mark.parametrize("capacity", BAD_CAPACITIES)
     def test_bad_capacity_at_construction(self, folder, capacity):
         with pytest.raises(ValueError, match=r"capacity=.* Allowed are .* in \[0\.125, 1\]"):

@@ -361,7 +361,7 @@ def test_written_file_shows_the_panels(tmp_path):
     colours = rng.integers(60, 256, (4, 6, 3), dtype=np.uint8)
     image = Image.fromarray(colours.repeat(8, axis=0).repeat(8, axis=1))
     model, processor = make_model(patch_size=8), make_processor()
-    path = tmp_path / "tokens.png"
+    path = tmp_path / "new" / "folder" / "tokens.png"
     figure = draw_routed_tokens(model, processor, [image], [0.3, 0.5], path)
     with Image.open(path) as written:
         assert written.format == "PNG"

@@ -157,8 +157,8 @@ def resolve_capacity(
 
     Args:
         capacity: a number is an effective capacity in [1 / 2**(E-1), 1] (within 1e-9, which a sum of tenths may be
-            off) and is solved by Eq. 3. A sequence is E shares in [0, 1], smallest expert first, that sum to 1 (within
-            5e-4, then normalised).
+            off) and is solved by Eq. 3. A sequence is E shares in [0, 1] (within 1e-9), smallest expert first, that
+            sum to 1 (within 5e-4, then normalised).
         num_experts: E.
         delta, beta: parameters of Eq. 3.
 
@@ -180,12 +180,14 @@ def resolve_capacity(
         return solve_capacity_distribution(min(max(number, smallest), 1.0), num_experts, delta, beta)
     sequence = isinstance(capacity, Sequence) or (isinstance(capacity, np.ndarray) and capacity.ndim > 0)
     if not sequence or isinstance(capacity, (str, bytes)):
-        raise ValueError(f"capacity={capacity!r} is neither a finite number nor a sequence of shares. {allowed}")
+        hint = " Pass capacity.tolist()." if hasattr(capacity, "tolist") else ""  # a tensor's; NumPy's under dynamo
+        raise ValueError(f"capacity={capacity!r} is neither a finite number nor a sequence of shares. {allowed}{hint}")
     shares = [as_number(share) for share in capacity]
     if len(shares) != num_experts:
         raise ValueError(f"capacity={capacity!r} has {len(shares)} shares for {num_experts} experts. {allowed}")
-    if any(share is None or not 0.0 <= share <= 1.0 for share in shares):
+    if any(share is None or not -END_TOLERANCE <= share <= 1.0 + END_TOLERANCE for share in shares):
         raise ValueError(f"capacity={capacity!r} holds a share that is not a number in [0, 1]. {allowed}")
+    shares = [min(max(share, 0.0), 1.0) for share in shares]
     total = math.fsum(shares)
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise ValueError(f"capacity={capacity!r} sums to {total:g}. {allowed}")

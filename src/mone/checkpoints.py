@@ -85,7 +85,8 @@ class CheckpointMixin:
         if problems:
             hint = ""
             if all(map(replaceable, missing | extra | mismatched)):
-                hint = " Pass ignore_mismatched_sizes=True to create new ones."
+                remedy = "create new ones" if missing or mismatched else "leave them out"
+                hint = f" Pass ignore_mismatched_sizes=True to {remedy}."
             raise ValueError(
                 f"The checkpoint {source} of {', '.join(checkpoint_of) or 'an unknown model'} does not fit "
                 f"{type(self).__name__}. Weights {'; '.join(problems)}.{hint}"

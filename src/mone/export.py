@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import BaseImageProcessor, BaseVideoProcessor
 
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .modeling_mone import (
@@ -275,7 +276,8 @@ def export_onnx(
     it takes its name; whatever fails, a file that was there stays.
 
     The file's metadata, JSON each but for the first: `model_type`, `capacity` (as given), `id2label`, `image_size`
-    (height, width), and `image_mean` and `image_std` of a processor that normalises.
+    (height, width); of a processor its whole configuration as `processor` and, where it normalises, `image_mean` and
+    `image_std`.
 
     Args:
         model, capacity, router_outputs: as in [`export_program`]; float32.
@@ -298,6 +300,10 @@ def export_onnx(
         "id2label": json.dumps(config.id2label),
         "image_size": json.dumps(as_pair(config.image_size)),
     }
+    if processor is not None:
+        if not isinstance(processor, (BaseImageProcessor, BaseVideoProcessor)):
+            raise TypeError(f"processor={processor!r} must be an image or video processor.")
+        metadata["processor"] = processor.to_json_string()
     if processor is not None and processor.do_normalize:
         metadata |= {
             name: json.dumps(np.broadcast_to(getattr(processor, name), config.num_channels).tolist())

@@ -6,6 +6,7 @@ Norms, activations and additions are not, as in the paper and in PyTorch's `Flop
 embedding do not depend on the capacity.
 """
 
+import numbers
 from collections.abc import Sequence
 
 from .capacity import relative_widths, tokens_per_expert
@@ -26,8 +27,10 @@ def count_macs(
         image_size: pixels (height, width) where they differ from `config.image_size`.
 
     Raises:
+        TypeError: no config of a MoNE, such as the model itself.
         ValueError: if `capacity` is not allowed, or patches do not divide `image_size`.
     """
+    _check_config(config)
     d, e = config.hidden_size, config.num_experts
     patch, n = as_pair(config.patch_size), num_patches(config, image_size)
     prefix = config.num_prefix_tokens
@@ -101,8 +104,11 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
         gmacs: the budget for one image or clip. One at or above the dense model's cost gives 1.0.
 
     Raises:
+        TypeError: no config of a MoNE, or a budget that is no number.
         ValueError: if even the smallest capacity costs more; the message gives the least budget that works.
     """
+    _check_config(config)
+    check_budget(gmacs=gmacs)
     low, high = relative_widths(config.num_experts)[0], 1.0
     least = count_macs(config, low, image_size)
     budget = gmacs * 1e9
@@ -121,3 +127,15 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
         else:
             high = middle
     return low
+
+
+def check_budget(**budget: float) -> None:
+    """Raise TypeError, which names it, for a budget that is no number."""
+    for name, value in budget.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}={value!r} must be a number.")
+
+
+def _check_config(config: MoNEConfig) -> None:
+    if not isinstance(config, MoNEConfig):
+        raise TypeError(f"config must be a MoNEConfig, such as model.config, got {type(config).__name__}.")

@@ -14,11 +14,15 @@ ones.
 ```
 """
 
+import os
+
+import PIL.Image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 
+from .pixels import check_bit_depth
 from .video_processing_mone import is_one_video
 
 
@@ -29,6 +33,16 @@ class CapacityMixin:
     """
 
     input_axes = 3  # of an image, or a video, as an array
+
+    def preprocess(self, item, *args, **kwargs):
+        """Refuse images that the stock pipelines would make black and white; of a URL they are not known here."""
+        if self._takes_capacity():
+            if isinstance(item, str) and os.path.isfile(item):
+                with PIL.Image.open(item) as image:  # its header only
+                    check_bit_depth(image.mode, item)
+            elif isinstance(item, PIL.Image.Image):
+                check_bit_depth(item.mode, "the image")
+        return super().preprocess(item, *args, **kwargs)
 
     def __call__(self, inputs, **kwargs):
         if self._takes_capacity() and getattr(inputs, "ndim", 0) == self.input_axes + 1:
@@ -74,7 +88,8 @@ class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline
             As in [`~transformers.ImageClassificationPipeline`].
 
     Raises:
-        ValueError: `capacity` is not allowed. Raised before any image is loaded.
+        ValueError: `capacity` is not allowed, which is raised before any image is loaded; an image with grey levels of
+            more than 8 bits.
         TypeError: `capacity` for a model that is not MoNE, or an unknown keyword, such as a misspelt one.
     """
 

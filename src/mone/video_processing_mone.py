@@ -22,6 +22,7 @@ from transformers.image_utils import (
 from transformers.utils import TensorType, logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from .pixels import check_bit_depth
 from .video_decoding import VideoDecodeError, VideoReader, check_positive, clip_indices, uniform_indices
 
 
@@ -350,9 +351,8 @@ def _check_frames(video, name: str, input_data_format) -> tuple[Any, bool]:
     if len(video) == 0:
         raise ValueError(f"{name} must have at least one frame, got none.")
     if all(isinstance(frame, Image.Image) for frame in video):
-        modes = sorted({frame.mode for frame in video if frame.mode.startswith(("I", "F"))})
-        if modes:  # which Pillow would cut to 0 and 255
-            raise ValueError(f"{name} has grey levels of more than 8 bits, mode {', '.join(modes)}: scale them to 8.")
+        for mode in sorted({frame.mode for frame in video}):
+            check_bit_depth(mode, name)
         shapes = {(frame.height, frame.width, 3) for frame in video}
         dtypes, input_data_format = set(), ChannelDimension.LAST
     elif all(_is_array(frame) for frame in video):

@@ -25,6 +25,7 @@ from .capacity import effective_capacity
 from .configuration_mone import MoNEConfig, MoNEViViTConfig
 from .flops import count_macs
 from .modeling_mone import patch_grid
+from .pixels import normalisation
 from .video_decoding import check_positive, uniform_indices
 from .video_encoding import check_destination, write_video
 
@@ -568,6 +569,7 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _saved(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
     if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     return figure
 
@@ -580,8 +582,6 @@ def _displayable(pixel_values: torch.Tensor, processor: "BaseImageProcessor | Ba
     pixels = pixel_values.cpu().float()
     if pixels.shape[-3] not in (1, 3):
         raise ValueError(f"Images of {pixels.shape[-3]} channels cannot be drawn; 1 (grey) and 3 (RGB) can.")
-    from .data.pixels import normalisation  # here, since `mone.data` loads `datasets`, which drawing can do without
-
     mean, std = normalisation(processor, pixels.shape[-3])
     pixels = pixels * std + mean
     if processor.do_rescale:

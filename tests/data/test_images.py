@@ -40,6 +40,17 @@ def test_more_grey_levels_than_bytes_hold_are_refused(train, mode):
         transform(image)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, caplog, cache):
+    folder = write_folder(tmp_path / "train", ["cat", "dog"])
+    (tmp_path / "train" / "dog" / "1.png").write_bytes(b"no image")
+    split = load_image_datasets(train_dir=folder, cache_dir=cache)["train"]
+    data = LabelledExamples(split, make_image_transforms(ViTImageProcessor(), (8, 8), train=False))
+    for row in range(len(data)):
+        data[row]
+    (message,) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert f" ({tmp_path / 'train' / 'dog' / '1.png'}) is skipped, as it cannot be read" in message
+
+
 @pytest.mark.parametrize("min_crop", [-0.5, 0, 2])
 def test_a_crop_that_is_no_share_of_the_image_makes_no_image_unreadable(min_crop):
     with pytest.raises(ValueError, match=rf"min_crop={min_crop} must be a share"):

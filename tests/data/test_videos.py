@@ -12,7 +12,8 @@ import torch
 from datasets import Dataset, Features, Value, Video
 
 from mone import MoNEViViTVideoProcessor
-from mone.data import LabelledExamples, LabelledStream, bytes_to_pixels, load_video_datasets, make_video_transforms
+from mone.data import LabelledExamples, LabelledStream, load_video_datasets, make_video_transforms
+from mone.pixels import bytes_to_pixels
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))

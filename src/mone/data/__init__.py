@@ -3,7 +3,6 @@
 
 from .examples import IGNORED, LabelledExamples, collate_examples
 from .images import load_image_datasets, make_image_transforms
-from .pixels import bytes_to_pixels
 from .speed import measure_input
 from .streams import LabelledStream
 from .videos import load_video_datasets, make_video_transforms
@@ -13,7 +12,6 @@ __all__ = [
     "IGNORED",
     "LabelledExamples",
     "LabelledStream",
-    "bytes_to_pixels",
     "collate_examples",
     "load_image_datasets",
     "load_video_datasets",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import PIL.Image
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 
 logger = logging.getLogger(__name__)
@@ -108,10 +108,6 @@ class LabelledExamples(torch.utils.data.Dataset):
         """Rows that could not be read so far, by this process and its workers."""
         return self._unreadable.nonzero().flatten().tolist()
 
-    @property
-    def num_unreadable(self) -> int:
-        return len(self.unreadable)
-
     def __len__(self) -> int:
         return len(self.split)
 
@@ -128,7 +124,7 @@ class LabelledExamples(torch.utils.data.Dataset):
             except UNREADABLE as error:
                 failure = error
                 if not self._unreadable[row]:
-                    logger.warning("Row %d is skipped, as it cannot be read: %s", row, error)
+                    logger.warning("%s is skipped, as it cannot be read: %s", self._name(row), error)
                 self._unreadable[row] = True
             else:
                 self._readable.fill_(row)
@@ -136,6 +132,14 @@ class LabelledExamples(torch.utils.data.Dataset):
                     example["labels"] = ignored_target(self.num_labels)
                 return example
         raise ValueError(f"None of {limit} examples from row {index} on can be read: {failure}") from failure
+
+    def _name(self, row: int) -> str:
+        """For messages: a row, and the file of its image. Of a video the error names it."""
+        path = None
+        if isinstance(self.split.features[self._column], Image):
+            encoded = self.split.cast_column(self._column, Image(decode=False))
+            path = encoded[row][self._column]["path"]
+        return f"Row {row} ({path})" if path else f"Row {row}"
 
     def _read(self, index: int) -> dict:
         with decoding():

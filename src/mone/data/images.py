@@ -10,8 +10,8 @@ from datasets import DatasetDict, Image
 from torchvision.transforms import v2
 from transformers import BaseImageProcessor
 
+from ..pixels import bytes_to_pixels, check_bit_depth
 from .augmentation import randaugment
-from .pixels import bytes_to_pixels
 from .sources import load_labelled_datasets, read_parquet
 
 
@@ -54,10 +54,7 @@ def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     Raises:
         ValueError: grey levels of more than 8 bits, which Pillow would cut to 0 and 255.
     """
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"the image has mode {image.mode!r}, grey levels of more than 8 bits: scale them to 8 and save it again."
-        )
+    check_bit_depth(image.mode, "the image")
     return image.convert("RGB")
 
 
@@ -77,8 +74,7 @@ def make_image_transforms(
     They raise ValueError for grey levels of more than 8 bits.
 
     Args:
-        image_processor: the model's. It makes the images of an evaluation, so that these are what a pipeline sees
-            (which, as Transformers' do, takes grey levels of more than 8 bits for black and white);
+        image_processor: the model's. It makes the images of an evaluation, so that these are what a pipeline sees;
             training takes its resampling and normalisation.
         size: (height, width) in pixels of training images.
         train: random resized crop and flip, the "inception crop" of AugReg.

@@ -135,7 +135,8 @@ class LabelledStream(torch.utils.data.IterableDataset):
                 try:
                     example = self._read(row)
                 except UNREADABLE as error:
-                    logger.warning("An example is skipped, as it cannot be read: %s", error)
+                    name = row[self._column]["path"] or "An example"
+                    logger.warning("%s is skipped, as it cannot be read: %s", name, error)
                     self._unreadable += 1
                     waiting += 1
                     in_a_row += 1

@@ -16,9 +16,9 @@ from transformers import (
 
 from ..configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from ..conversion import load_image_processor
-from ..data.pixels import normalisation
 from ..flops import count_macs
 from ..modeling_mone import MoNEPreTrainedModel
+from ..pixels import normalisation
 
 
 logger = logging.getLogger(__name__)

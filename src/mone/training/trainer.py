@@ -26,9 +26,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, default_compute_ob
 from ..capacity import as_plain, effective_capacity, paper_grid
 from ..checkpoints import is_written_by_hand
 from ..configuration_mone import MoNEConfig
-from ..data import LabelledStream, bytes_to_pixels
+from ..data import LabelledStream
 from ..flops import count_macs
 from ..modeling_mone import MoNELayer, classification_loss
+from ..pixels import bytes_to_pixels
 from ..routing import Router
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss

@@ -7,7 +7,8 @@ import torch
 from pictures import picture
 from transformers import EfficientNetImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
-from mone.data import bytes_to_pixels, make_image_transforms
+from mone.data import make_image_transforms
+from mone.pixels import bytes_to_pixels
 
 
 @pytest.mark.parametrize(

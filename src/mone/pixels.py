@@ -4,6 +4,17 @@
 import torch
 
 
+def check_bit_depth(mode: str, name: str) -> None:
+    """Raise ValueError for a mode of Pillow's with more than 8 bits a channel, which it would cut to 0 and 255.
+
+    Args:
+        mode: of an image.
+        name: of the image, for the message.
+    """
+    if mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has mode {mode!r}, grey levels of more than 8 bits: scale them to 8.")
+
+
 def normalisation(processor, num_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation, (channels, 1, 1) each, that a processor normalises rescaled pixels by."""
     if not processor.do_normalize:
