@@ -140,6 +140,15 @@ def test_compiled_layers_give_the_same_rows(monkeypatch):
     assert torch._dynamo.config.recompile_limit == limit, "settings are put back"
 
 
+def test_a_budget_that_token_merging_cannot_meet_leaves_the_rest(monkeypatch, caplog):
+    fake_clock(monkeypatch, lambda name: 1.0)
+    rows = measure(image_config(), [0.15, 0.9], 2, baselines=["token_merging"])
+    assert [(r["model"], r["capacity"]) for r in rows] == [
+        *(("dense", None), ("mone", 0.15), ("mone", 0.9), ("token_merging", 0.9)),
+    ]
+    assert "Token merging is left out at capacity 0.15: A budget of" in caplog.text
+
+
 def test_baselines_at_the_same_multiply_accumulates(monkeypatch):
     seconds = {"dense": 1.0, "mone": 0.5, "timm": 1.0, "token_merging": 0.8, "mixture_of_depths": 0.5}
     fake_clock(monkeypatch, lambda name: seconds[name[0]])

@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import platform
 import statistics
@@ -50,6 +51,8 @@ from .modeling_mone import (
 )
 from .modeling_mone_vivit import MoNEViViTForVideoClassification
 
+
+logger = logging.getLogger(__name__)
 
 # How a model is run: as it is, with its weights laid out for inference, with its layers compiled one by one, as one
 # CUDA graph, or in ONNX Runtime, in float32 or in int8.
@@ -138,7 +141,7 @@ def measure(
             too: in ONNX Runtime with all threads of torch, exported and quantised by the same functions. "graphed"
             takes the time of the kernels alone, without Python's, on an NVIDIA GPU.
         baselines: of `BASELINES`, for images and in eager mode; "timm" needs that package. "token_merging" has the
-            multiply-accumulates of each capacity, "mixture_of_depths" its own.
+            multiply-accumulates of each capacity, but those that it cannot get down to, "mixture_of_depths" its own.
         train: forward and backward instead of inference; in eager mode only. Two rows more have a schedule for their
             mode and no capacity: "uniform", the mean over the capacities of [`paper_grid`], and "joint", all nested
             widths.
@@ -289,7 +292,12 @@ def _variants(
         variants["timm", "eager", None] = lambda: run(timm_model)
     if "token_merging" in baselines:
         for capacity in capacities:
-            merging = new(TokenMergingModel, merged_per_layer_for_macs(config, case.gmacs[capacity]))
+            try:
+                merged = merged_per_layer_for_macs(config, case.gmacs[capacity])
+            except ValueError as error:  # the others can still be measured
+                logger.warning("Token merging is left out at capacity %s: %s", capacity, error)
+                continue
+            merging = new(TokenMergingModel, merged)
             variants["token_merging", "eager", capacity] = lambda m=merging: run(m)
     if "mixture_of_depths" in baselines:
         depths = new(MixtureOfDepthsModel)
