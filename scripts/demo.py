@@ -28,9 +28,9 @@ from transformers import (
 
 import mone
 from mone.benchmark import interleaved_seconds
+from mone.capacity import PAPER_GRID
 from mone.conversion import mone_from_vit
 from mone.data import LabelledExamples, collate_examples, load_image_datasets, make_image_transforms
-from mone.training import PAPER_GRID
 from mone.visualization import draw_routed_tokens, plot_accuracy_against_compute
 
 

@@ -323,9 +323,7 @@ def export_onnx(
 
     names = ["logits"]
     if router_outputs:
-        names += [
-            f"{name}_{k}" for k in range(len(config.router_layers)) for name in ("router_logits", "expert_indices")
-        ]
+        names += [name for number in range(len(config.router_layers)) for name in _router_names(number)]
     write_onnx(module, example_input(config).to(model.device), path, names, metadata, check)
 
 

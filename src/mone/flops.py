@@ -58,7 +58,7 @@ def count_macs(
 
 
 def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None = None) -> int:
-    """Those of `count_macs` that are attention's, queries with keys and weights with values: the same at any capacity.
+    """MACs of attention, queries with keys and weights with values: a part of `count_macs`, the same at any capacity.
 
     Args:
         config, image_size: as in `count_macs`.

@@ -300,17 +300,21 @@ class MoNELayer(GradientCheckpointingLayer):
         if feature_mask is not None or len(slices) > 1 or slices[0][2] < hidden_states.shape[-1]:
             check_adapters(*self.attention.children(), *self.mlp.children())
         watched = is_watched(self.attention) or is_watched(self.mlp)
-        if feature_mask is not None or torch.is_grad_enabled() or self.training or watched:
-            x = self.layernorm_before(hidden_states)
-            x = x if feature_mask is None else x * feature_mask
-            update, _ = self.attention(x, slices, batch_first=batch_first, **kwargs)
-            hidden_states = self._residual(hidden_states, update, feature_mask, None, batch_first)
-            x = self.layernorm_after(hidden_states)
-            update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
-            return self._residual(hidden_states, update, feature_mask, gate, batch_first)
+        if feature_mask is None and not (torch.is_grad_enabled() or self.training or watched):
+            return self._forward_in_place(hidden_states, gate, slices, batch_first, **kwargs)
+        x = self.layernorm_before(hidden_states)
+        x = x if feature_mask is None else x * feature_mask
+        update, _ = self.attention(x, slices, batch_first=batch_first, **kwargs)
+        hidden_states = self._residual(hidden_states, update, feature_mask, None, batch_first)
+        x = self.layernorm_after(hidden_states)
+        update = self.mlp(x if feature_mask is None else x * feature_mask, slices)
+        return self._residual(hidden_states, update, feature_mask, gate, batch_first)
 
-        # In inference, update in place and one group of rows at a time: the wide hidden features are then still in
-        # the cache when fc2 reads them, and compilers find more to fuse.
+    def _forward_in_place(self, hidden_states, gate, slices, batch_first, **kwargs):
+        """For inference: updates in place and one group of rows at a time.
+
+        The wide hidden features are then still in the cache when fc2 reads them, and compilers find more to fuse.
+        """
         if type(self.attention) is MoNEAttention and kernels_can_serve(
             hidden_states, slices, self.layernorm_before, *self.attention.children()
         ):
@@ -337,6 +341,7 @@ class MoNELayer(GradientCheckpointingLayer):
         return hidden_states
 
     def _residual(self, hidden_states, update, feature_mask, gate, batch_first):
+        """(N, B, D), (N, B, d) -> (N, B, D): the sum, after dropout, mask, gate and stochastic depth of the update."""
         update = widen(self.dropout(update), hidden_states.shape[-1])
         if feature_mask is not None:
             update = update * feature_mask
@@ -769,14 +774,20 @@ def packs_win_with_few_rows(model: PreTrainedModel) -> bool:
 
 
 # Keywords of transformers that make sense here; others, such as `is_causal`, would act on the sorted order.
-KEYWORDS = ("num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict")
+FORWARD_KEYWORDS = (
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "return_dict",
+)
 
 
 def check_kwargs(model: nn.Module, kwargs: dict) -> None:
     """Raise TypeError for a keyword that a forward does not know; transformers would swallow it silently."""
     for name in kwargs:
-        if name not in KEYWORDS:
-            close = difflib.get_close_matches(name, ["capacity", "generator", *KEYWORDS], 1)
+        if name not in FORWARD_KEYWORDS:
+            close = difflib.get_close_matches(name, ["capacity", "generator", *FORWARD_KEYWORDS], 1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}.{hint}")
 

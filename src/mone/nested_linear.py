@@ -288,7 +288,7 @@ class _NestedIn(torch.autograd.Function):
             grad_weight = torch.empty_like(weight)
             grad_weight[:, ctx.slices[0][2] :].zero_()
             grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
-            for stop, low, high in _features(ctx.slices, x.shape[1]):
+            for stop, low, high in _feature_bands(ctx.slices, x.shape[1]):
                 torch.mm(grads[:stop].t(), inputs[:stop, low:high], out=grad_weight[:, low:high])
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 1))
@@ -313,7 +313,7 @@ class _NestedOut(torch.autograd.Function):
             grad_weight = torch.empty_like(weight)
             grad_weight[ctx.slices[0][2] :].zero_()
             inputs = _projected(x, ctx.after_gelu).flatten(0, 1)
-            for stop, low, high in _features(ctx.slices, x.shape[1]):
+            for stop, low, high in _feature_bands(ctx.slices, x.shape[1]):
                 torch.mm(grads[:stop, low:high].t(), inputs[:stop], out=grad_weight[low:high])
             del inputs
         if ctx.needs_input_grad[0]:
@@ -322,7 +322,7 @@ class _NestedOut(torch.autograd.Function):
                 torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)  # there is no public name
         if ctx.needs_input_grad[2]:
             grad_bias = grads.new_zeros(len(weight))
-            for stop, low, high in _features(ctx.slices, x.shape[1]):
+            for stop, low, high in _feature_bands(ctx.slices, x.shape[1]):
                 torch.sum(grads[:stop, low:high], 0, out=grad_bias[low:high])
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -331,7 +331,7 @@ def _projected(x: torch.Tensor, after_gelu: bool) -> torch.Tensor:
     return nn.functional.gelu(x) if after_gelu else x.contiguous()
 
 
-def _features(slices: tuple[Slice, ...], batch: int) -> list[tuple[int, int, int]]:
+def _feature_bands(slices: tuple[Slice, ...], batch: int) -> list[tuple[int, int, int]]:
     """(stop, low, high): the features low..high exist in the rows up to stop."""
     widths = [0, *(d for _, _, d in reversed(slices))]
     stops = [stop * batch for _, stop, _ in reversed(slices)]

@@ -10,7 +10,7 @@ from transformers import ViTImageProcessor
 
 from mone.conversion import resize_and_crop
 from mone.data import LabelledExamples, collate_examples, load_image_datasets, make_image_transforms
-from mone.training.resumption import protect_workers
+from mone.training.signals import protect_workers
 
 
 def test_folders(tmp_path, cache):

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mone.training import PAPER_GRID, CapacitySchedule
+from mone.capacity import PAPER_GRID
+from mone.training import CapacitySchedule
 from mone.training.schedules import capacity_range, is_dense, steps_for_budget
 
 

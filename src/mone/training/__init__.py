@@ -1,7 +1,6 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Training of MoNE models on transformers' Trainer."""
 
-from ..capacity import PAPER_GRID
 from .arguments import MoNETrainingArguments
 from .distillation import Teacher, distillation_loss
 from .evaluation import measure_accuracy
@@ -11,7 +10,6 @@ from .trainer import MoNETrainer
 
 
 __all__ = [
-    "PAPER_GRID",
     "Accuracy",
     "CapacitySchedule",
     "MoNETrainer",

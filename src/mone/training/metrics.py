@@ -1,5 +1,8 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Metrics as `evaluate` modules that need no network: `evaluate.load("accuracy")` fetches code from the Hub."""
+"""Metrics of a training's evaluations, and as `evaluate` modules for others', which need no network.
+
+`evaluate.load("accuracy")` fetches code from the Hub.
+"""
 
 import datasets
 import evaluate

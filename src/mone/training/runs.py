@@ -226,7 +226,7 @@ def train_and_evaluate(
 
 
 def _count_unreadable(examples: LabelledExamples | LabelledStream) -> int:
-    """Those of all processes."""
+    """Unreadable training examples, of all processes."""
     if isinstance(examples, LabelledStream):
         return sum(gather_object([examples.num_unreadable]))
     return len(set(gather_object(examples.unreadable)))

@@ -36,7 +36,6 @@ from .distillation import Teacher, distillation_loss
 from .learning_rates import set_learning_rates
 from .mixing import mixup, soft_labels
 from .resumption import (
-    Interruption,
     check_not_deepspeed,
     check_settings,
     crosses_fsdp,
@@ -44,11 +43,11 @@ from .resumption import (
     last_complete_checkpoint,
     load_model,
     load_optimizer,
-    protect_workers,
     write_settings,
     writing_checkpoint,
 )
 from .schedules import CapacitySchedule, capacity_range, is_dense, steps_for_budget
+from .signals import Interruption, protect_workers
 from .statistics import StepStatistics
 from .zero import local_shard, project_zero_alpha_
 
