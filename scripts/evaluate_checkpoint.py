@@ -41,6 +41,8 @@ class EvaluationModelArguments(VideoModelArguments, ImageModelArguments):
 
 @dataclass
 class EvaluationArguments(VideoArguments, ImageArguments):
+    """What only an evaluation has, beside what training has."""
+
     clips: list[int] = field(
         default_factory=list,
         metadata={"help": "Evaluate videos with each of these numbers of clips. Default: --num_clips alone."},

@@ -54,6 +54,8 @@ from mone.training.runs import (
 
 @dataclass
 class ImageModelArguments(ModelArguments):
+    """Of image models."""
+
     calibrate: bool = field(
         default=False,
         metadata={
@@ -65,6 +67,8 @@ class ImageModelArguments(ModelArguments):
 
 @dataclass
 class ImageArguments(DataArguments):
+    """Of images."""
+
     image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
     min_crop: float = field(default=0.08, metadata={"help": "Least share of an image that a training crop keeps."})
 

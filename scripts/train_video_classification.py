@@ -48,6 +48,8 @@ from mone.training.runs import (
 
 @dataclass
 class VideoModelArguments(ModelArguments):
+    """Of video models."""
+
     init_from: str | None = field(
         default=None,
         metadata={
@@ -58,6 +60,8 @@ class VideoModelArguments(ModelArguments):
 
 @dataclass
 class VideoArguments(DataArguments):
+    """Of videos."""
+
     video_column: str | None = field(default=None, metadata={"help": "Default: the only column of videos."})
     video_dir: str | None = field(
         default=None, metadata={"help": "Folder of the videos that a list names. Default: the list's own."}

@@ -77,6 +77,7 @@ class ExportForm(nn.Module):
         self.model, self.capacity, self.router_outputs = model, capacity, router_outputs
 
     def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pixel_values -> outputs by name: "logits", and if asked for those of every router."""
         with _expert_streams(self.model):
             result = self.model(
                 pixel_values,

@@ -579,6 +579,7 @@ class MoNEPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> (B, N, D)."""
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
@@ -945,6 +946,7 @@ class MoNEForImageClassification(ClassifierMixin, MoNEPreTrainedModel):
 
 
 def make_classifier(config: MoNEConfig) -> nn.Module:
+    """(B, pooled_size) -> (B, num_labels), or as they are without labels, as in transformers' ViT."""
     return nn.Linear(config.pooled_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
 

@@ -93,6 +93,7 @@ class MoNEViViTTubeletEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, frames, C, height, width) -> (B, T, N, D)."""
         return self.projection(pixel_values.transpose(1, 2)).flatten(3).permute(0, 2, 3, 1)
 
 

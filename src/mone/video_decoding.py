@@ -190,6 +190,7 @@ class VideoReader:
         self.close()
 
     def close(self) -> None:
+        """Let go of the file. A file object that was given stays open."""
         if self._container is not None:
             self._container.close()
 

@@ -22,6 +22,8 @@ from .arguments import MoNETrainingArguments
 
 @dataclass
 class ModelArguments:
+    """Which model the training scripts start from, and how it is loaded."""
+
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Folder or Hub name of a checkpoint. Without it, a new model is made."},
@@ -75,6 +77,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    """Which examples the training scripts read, and how they are augmented."""
+
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of examples per class."})

@@ -304,9 +304,11 @@ class MoNETrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset=None):
+        """As Trainer's, with workers that outlive signals to all processes of a job."""
         return protect_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As Trainer's; the wait for data is measured."""
         return super().get_batch_samples(self._statistics.timed(epoch_iterator), num_batches, device)
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -353,6 +355,11 @@ class MoNETrainer(Trainer):
         return [factor.to(self.args.device) for factor in factors]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """As Trainer's, forward and backward at each of the step's capacities; the sum of their losses.
+
+        Raises:
+            ValueError: several clips of each video, or no labels where they are mixed, smoothed or summed.
+        """
         inputs = {**self._prepare_inputs(inputs), "output_router_logits": True}
         if inputs["pixel_values"].dim() > 5:
             raise ValueError(
