@@ -19,7 +19,7 @@ import torch
 
 from mone import MoNEConfig, MoNEViViTConfig
 from mone.benchmark import BASELINES, MODES, environment, growth, measure, routing_share
-from mone.visualization import check_matplotlib, plot_growth, plot_speed
+from mone.plots import check_matplotlib, plot_growth, plot_speed
 
 
 def of_width(width: int) -> dict[str, int]:

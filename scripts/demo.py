@@ -31,7 +31,8 @@ from mone.benchmark import interleaved_seconds
 from mone.capacity import PAPER_GRID
 from mone.conversion import mone_from_vit
 from mone.data import LabelledExamples, collate_examples, load_image_datasets, make_image_transforms
-from mone.visualization import draw_routed_tokens, plot_accuracy_against_compute
+from mone.plots import plot_accuracy_against_compute
+from mone.visualization import draw_routed_tokens
 
 
 CAPACITIES = [0.2, 0.3, 0.4, 0.6, 1.0]

@@ -26,9 +26,9 @@ from transformers import AutoConfig
 from mone.data import make_video_transforms
 from mone.data.sources import count_rows
 from mone.model_card import PRECISION_AT_1, compute_of_clips
+from mone.plots import check_matplotlib, plot_accuracy_against_compute
 from mone.training import measure_accuracy
 from mone.training.command_line import parse_arguments
-from mone.visualization import check_matplotlib, plot_accuracy_against_compute
 
 
 logger = logging.getLogger(__name__)

@@ -422,7 +422,7 @@ def growth(
     mode: str = "eager",
     rounds: int = 10,
 ) -> list[dict]:
-    """How the cost of a call grows along some axes, computed and timed (`mone.visualization.plot_growth`).
+    """How the cost of a call grows along some axes, computed and timed (`mone.plots.plot_growth`).
 
     Args:
         series: axis -> its points: value on the axis, model, images or clips of a call.

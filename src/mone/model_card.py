@@ -40,7 +40,7 @@ from transformers import AutoConfig
 
 from .capacity import SUM_TOLERANCE, as_number
 from .flops import count_macs
-from .visualization import plot_accuracy_against_compute
+from .plots import plot_accuracy_against_compute
 
 
 REQUIRED = ("task", "license", "dataset", "rows")
