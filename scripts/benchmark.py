@@ -74,25 +74,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         torch.set_num_threads(args.threads)
 
     if args.growth:
-        if len(args.modes) > 1:
-            parser.error("--growth takes one of --modes")
-        used = ("growth", "capacities", "modes", "threads", "rounds", "output_dir")
-        others = {name: value for name, value in vars(args).items() if name not in used}
-        given = [f"--{name}" for name, value in others.items() if value != parser.get_default(name)]
-        if given:
-            parser.error(
-                f"--growth has models and sizes of its own, in float32 on the CPU: leave out {', '.join(given)}"
-            )
+        check_growth_options(parser, args)
 
     facts = environment()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     print(" | ".join(COLUMNS))
     if args.growth:
-        results = growth(GROWTH, args.capacities, mode=args.modes[0], rounds=args.rounds)
-        for row in results:
-            print(line_of({"name": f"{row['axis']} {row['value']}", **row}))
-        write(args.output_dir, "growth", facts, results, plot_growth)
-        return results
+        return time_growth(args, facts)
     results = []
     for name in args.models:
         config = MODELS[name]
@@ -120,6 +108,24 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 print(f"    routing takes {share:.2%} of a forward at capacity {args.capacities[0]:g}", flush=True)
                 results.append({"name": name, "batch_size": batch_size, "routing_share": share})
     write(args.output_dir, "results", facts, results, plot_speed)
+    return results
+
+
+def check_growth_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if len(args.modes) > 1:
+        parser.error("--growth takes one of --modes")
+    used = ("growth", "capacities", "modes", "threads", "rounds", "output_dir")
+    others = {name: value for name, value in vars(args).items() if name not in used}
+    given = [f"--{name}" for name, value in others.items() if value != parser.get_default(name)]
+    if given:
+        parser.error(f"--growth has models and sizes of its own, in float32 on the CPU: leave out {', '.join(given)}")
+
+
+def time_growth(args: argparse.Namespace, facts: dict) -> list[dict]:
+    results = growth(GROWTH, args.capacities, mode=args.modes[0], rounds=args.rounds)
+    for row in results:
+        print(line_of({"name": f"{row['axis']} {row['value']}", **row}))
+    write(args.output_dir, "growth", facts, results, plot_growth)
     return results
 
 

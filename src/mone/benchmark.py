@@ -60,6 +60,8 @@ MODES = ("eager", "prepared", "compiled", "graphed", "onnx", "onnx_int8")
 # What else may be timed beside: timm's dense ViT, token merging with as many multiply-accumulates as each MoNE, and
 # Mixture of Depths as the paper compares with it.
 BASELINES = ("timm", "token_merging", "mixture_of_depths")
+# (model, mode, capacity) of a row of `measure` -> the call that is timed for it.
+Calls = dict[tuple[str, str, float | None], Callable[[], object]]
 
 
 def interleaved_seconds(
@@ -226,6 +228,16 @@ class _Case:
         return {**gmacs, None: count_macs(dense, 1.0) / 1e9}
 
     @property
+    def mone_class(self) -> type[MoNEPreTrainedModel]:
+        is_video = isinstance(self.config, MoNEViViTConfig)
+        return MoNEViViTForVideoClassification if is_video else MoNEForImageClassification
+
+    def new(self, kind: Callable[..., nn.Module], *args) -> nn.Module:
+        """A model of the config, from the same seed every time."""
+        torch.manual_seed(0)
+        return kind(self.config, *args).to(self.device, self.dtype).train(self.train)
+
+    @property
     def schedules(self) -> dict[str, Sequence]:
         """Name -> capacities of a training step."""
         experts = self.config.num_experts
@@ -233,21 +245,24 @@ class _Case:
         return {"uniform": paper_grid(experts), "joint": joint} if self.train else {}
 
 
-def _variants(
-    case: _Case, onnx_dir: str | os.PathLike | None
-) -> dict[tuple[str, str, float | None], Callable[[], object]]:
-    """(model, mode, capacity) -> a call of what [`measure`] times, in the order of its rows."""
-    config, capacities, modes, baselines = case.config, case.capacities, case.modes, case.baselines
-    train, device, onnx_modes = case.train, case.device, case.onnx_modes
-    is_video = isinstance(config, MoNEViViTConfig)
+def _variants(case: _Case, onnx_dir: str | os.PathLike | None) -> Calls:
+    """What [`measure`] times, in the order of its rows."""
     torch.manual_seed(0)
-    pixel_values = example_input(config, case.batch_size).to(device, case.dtype)
-    labels = torch.randint(config.num_labels, (case.batch_size,), device=device)
-    model_class = MoNEViViTForVideoClassification if is_video else MoNEForImageClassification
+    pixel_values = example_input(case.config, case.batch_size).to(case.device, case.dtype)
+    run = _forward_or_step(case, pixel_values)
+    return (
+        _dense_calls(case, run)
+        | _onnx_calls(case, pixel_values, onnx_dir)
+        | _mone_calls(case, run)
+        | _baseline_calls(case, run)
+    )
 
-    def new(kind, *args):
-        torch.manual_seed(0)
-        return kind(config, *args).to(device, case.dtype).train(train)
+
+def _forward_or_step(case: _Case, pixel_values: torch.Tensor) -> Callable:
+    """A function that calls a model, with options of its forward, on this input; in training, backward too."""
+    if not case.train:
+        return lambda model, **kwargs: model(pixel_values, **kwargs)
+    labels = torch.randint(case.config.num_labels, (case.batch_size,), device=case.device)
 
     def step(model, **kwargs):
         model.zero_grad(set_to_none=True)
@@ -255,54 +270,73 @@ def _variants(
         logits = logits if isinstance(logits, torch.Tensor) else logits.logits
         nn.functional.cross_entropy(logits.float(), labels).backward()
 
-    run = step if train else (lambda model, **kwargs: model(pixel_values, **kwargs))
-    variants, models, dense = {}, {}, new(DenseModel)
-    variants["dense", "eager", None] = lambda: run(dense)
-    if "compiled" in modes:
+    return step
+
+
+def _dense_calls(case: _Case, run: Callable) -> Calls:
+    dense = case.new(DenseModel)
+    call = functools.partial(run, dense)
+    calls: Calls = {("dense", "eager", None): call}
+    if "compiled" in case.modes:
         torch._dynamo.reset()  # graphs of earlier models count towards its limit, behind which nothing is compiled
-        compiled_dense = new(DenseModel)
-        for layer in (*compiled_dense.layers, *compiled_dense.temporal):
+        compiled = case.new(DenseModel)
+        for layer in (*compiled.layers, *compiled.temporal):
             layer.compile(dynamic=False)
-        variants["dense", "compiled", None] = lambda: run(compiled_dense)
-    if "graphed" in modes:
-        variants["dense", "graphed", None] = _captured(lambda: run(dense), device)
-    if onnx_modes:
-        with tempfile.TemporaryDirectory() as temporary:
-            for mode, capacity in itertools.product(onnx_modes, (None, *capacities)):
-                kind, folder = DenseModel if capacity is None else model_class, Path(onnx_dir or temporary)
-                session = onnx_session(_onnx_file(new, kind, config, capacity, mode, folder))
-                inputs = {"pixel_values": pixel_values.numpy()}
-                name = "dense" if capacity is None else "mone"
-                variants[name, mode, capacity] = lambda session=session, inputs=inputs: session.run(None, inputs)
-    for mode in (mode for mode in modes if mode not in onnx_modes):
-        models[mode] = new(model_class)
+        calls["dense", "compiled", None] = functools.partial(run, compiled)
+    if "graphed" in case.modes:
+        calls["dense", "graphed", None] = _captured(call, case.device)
+    return calls
+
+
+def _onnx_calls(case: _Case, pixel_values: torch.Tensor, onnx_dir: str | os.PathLike | None) -> Calls:
+    """The dense model and the MoNE in ONNX Runtime."""
+    if not case.onnx_modes:
+        return {}
+    calls: Calls = {}
+    inputs = {"pixel_values": pixel_values.numpy()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(onnx_dir or temporary)
+        for mode, capacity in itertools.product(case.onnx_modes, (None, *case.capacities)):
+            name, kind = ("dense", DenseModel) if capacity is None else ("mone", case.mone_class)
+            session = onnx_session(_onnx_file(case.new, kind, case.config, capacity, mode, folder))
+            calls[name, mode, capacity] = functools.partial(session.run, None, inputs)
+    return calls
+
+
+def _mone_calls(case: _Case, run: Callable) -> Calls:
+    calls: Calls = {}
+    for mode in (mode for mode in case.modes if mode not in case.onnx_modes):
+        model = case.new(case.mone_class)
         if mode == "prepared":
-            models[mode].optimize_for_inference()
+            model.optimize_for_inference()
         if mode == "compiled":
-            for module in models[mode].modules():
+            for module in model.modules():
                 if isinstance(module, MoNELayer):
                     module.compile(dynamic=False)
-        for capacity in capacities:
-            call = functools.partial(run, models[mode], capacity=capacity)
-            variants["mone", mode, capacity] = _captured(call, device) if mode == "graphed" else call
-    for schedule, steps in case.schedules.items():
-        variants["mone", schedule, None] = lambda m=models["eager"], steps=steps: [run(m, capacity=c) for c in steps]
-    if "timm" in baselines:
-        timm_model = new(timm_vit)
-        variants["timm", "eager", None] = lambda: run(timm_model)
-    if "token_merging" in baselines:
-        for capacity in capacities:
+        for capacity in case.capacities:
+            call = functools.partial(run, model, capacity=capacity)
+            calls["mone", mode, capacity] = _captured(call, case.device) if mode == "graphed" else call
+        for schedule, steps in case.schedules.items():  # in training, whose only mode is eager
+            parts = [functools.partial(run, model, capacity=capacity) for capacity in steps]
+            calls["mone", schedule, None] = lambda parts=parts: [part() for part in parts]
+    return calls
+
+
+def _baseline_calls(case: _Case, run: Callable) -> Calls:
+    calls: Calls = {}
+    if "timm" in case.baselines:
+        calls["timm", "eager", None] = functools.partial(run, case.new(timm_vit))
+    if "token_merging" in case.baselines:
+        for capacity in case.capacities:
             try:
-                merged = merged_per_layer_for_macs(config, case.gmacs[capacity])
+                merged = merged_per_layer_for_macs(case.config, case.gmacs[capacity])
             except ValueError as error:  # the others can still be measured
                 logger.warning("Token merging is left out at capacity %s: %s", capacity, error)
                 continue
-            merging = new(TokenMergingModel, merged)
-            variants["token_merging", "eager", capacity] = lambda m=merging: run(m)
-    if "mixture_of_depths" in baselines:
-        depths = new(MixtureOfDepthsModel)
-        variants["mixture_of_depths", "eager", None] = lambda: run(depths)
-    return variants
+            calls["token_merging", "eager", capacity] = functools.partial(run, case.new(TokenMergingModel, merged))
+    if "mixture_of_depths" in case.baselines:
+        calls["mixture_of_depths", "eager", None] = functools.partial(run, case.new(MixtureOfDepthsModel))
+    return calls
 
 
 def _row(
