@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import convert  # noqa: E402
 import demo  # noqa: E402
 import make_motion_clips  # noqa: E402
+import motion  # noqa: E402
 import train_image_classification  # noqa: E402
 import train_video_classification  # noqa: E402
 
@@ -52,7 +53,7 @@ def demo_folder(tmp_path_factory):
 
     images, clips = folder / "outputs" / "demo" / "digits" / "train", folder / "outputs" / "clips"
     make_motion_clips.main(["--images", str(images), "--output_dir", str(clips), *CLIPS])
-    labels = {"id2label": dict(enumerate(make_motion_clips.CLASSES))}
+    labels = {"id2label": dict(enumerate(motion.CLASSES))}
     video_model = mone_vivit_from_mone(mone_from_vit(vit), num_frames=4, num_temporal_layers=1, **labels)
     video_model.save_pretrained(folder / "outputs" / "video")
     MoNEViViTVideoProcessor(

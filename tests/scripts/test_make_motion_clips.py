@@ -1,4 +1,4 @@
-"""The motion data set maker: what the frames show, what the files hold, and runs that stop or are wrongly called."""
+"""The motion data set maker: what the files hold, and runs that stop or are wrongly called. Frames: test_motion.py."""
 
 import csv
 import hashlib
@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from scipy.stats import ks_2samp
 from sklearn.datasets import load_sample_images
 
 
@@ -24,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import make_motion_clips as script  # noqa: E402
+from motion import CLASSES, PAIRS, render_clip  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -68,101 +68,6 @@ def decode(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
-# What the frames show
-
-
-@pytest.mark.parametrize("pair", script.PAIRS)
-@pytest.mark.parametrize(("frames", "size"), [(16, 32), (5, 64), (2, 16)])
-def test_the_classes_of_a_pair_are_each_others_time_reversal(photographs, pair, frames, size):
-    first, second = (
-        script.render_clip(*photographs[:2], name, rng(3), frames=frames, size=size).astype(int) for name in pair
-    )
-    assert first.shape == (frames, size, size, 3)
-    np.testing.assert_array_equal(first[::-1], second)
-    assert not np.array_equal(first, second)
-
-
-def test_the_draw_decides_all(photographs):
-    clips = [script.render_clip(*photographs[:2], "left", rng(seed)) for seed in (0, 0, 1)]
-    assert clips[0].dtype == np.uint8
-    np.testing.assert_array_equal(clips[0], clips[1])
-    assert not np.array_equal(clips[0], clips[2])
-
-
-def test_many_frames_are_rendered_in_parts_without_a_seam(photographs):
-    size, frames = 512, 6  # four frames at a time
-    clip = script.render_clip(*photographs[:2], "rotate_clockwise", rng(), frames=frames, size=size).astype(int)
-    changes = np.abs(np.diff(clip, axis=0)).mean(axis=(1, 2, 3))
-    assert clip.shape == (frames, size, size, 3)
-    assert changes.max() < 1.5 * changes.min()
-
-
-def test_a_frame_does_not_tell_the_pair(photographs):
-    """The frame where a clip starts is the same in all pairs, and the later ones are as that one in distribution."""
-    starts = [script.render_clip(*photographs[:2], pair[0], rng(5))[0] for pair in script.PAIRS]
-    for start in starts[1:]:
-        np.testing.assert_array_equal(starts[0], start)
-
-    white, black = Image.new("RGB", (9, 9), "white"), Image.new("RGB", (9, 9))
-    for name, _ in script.PAIRS:
-        clips = np.stack(
-            [script.render_clip(white, black, name, rng(seed), frames=9, size=16) for seed in range(1000)]
-        )
-        for values in np.moveaxis(track(clips[..., 0]), -1, 0):  # x, y and area
-            for later in (4, 8):
-                assert ks_2samp(values[:, 0], values[:, later], method="asymp").pvalue > 0.01, (name, later)
-
-
-def track(frames):
-    """(..., H, W) -> (..., 3): circular means of x and y, as the frame is a torus, and the area."""
-    frames = frames.astype(float)
-    size = frames.shape[-1]
-    wave = np.exp(2j * np.pi * (np.arange(size) + 0.5) / size)
-    x, y = ((frames.sum(axis) @ wave) for axis in (-2, -1))
-    x, y = (np.angle(position) / (2 * np.pi) % 1 for position in (x, y))
-    return np.stack([x, y, frames.sum((-2, -1)) / 255], -1)
-
-
-def circular_steps(values):
-    return (np.diff(values) + 0.5) % 1 - 0.5
-
-
-@pytest.mark.parametrize("name", script.CLASSES)
-def test_the_motion_is_what_the_class_says(name):
-    """A bright square over black, of which one half is red and the other half is blue."""
-    halves = np.zeros((40, 40, 3), np.uint8)
-    halves[:, :20, 0] = halves[:, 20:, 2] = 255
-    black = Image.new("RGB", (40, 40))
-    sign = 1 if name in ("right", "down", "approach", "rotate_clockwise") else -1
-    for seed in range(20):
-        clip = script.render_clip(Image.fromarray(halves), black, name, rng(seed), size=96)
-        x, y, area = track(clip.sum(-1)).T
-        red, blue = track(clip[..., 0]), track(clip[..., 2])
-        # From the red half to the blue half, with y downwards as on a screen: a growing angle is clockwise.
-        to_blue = (blue - red + 0.5) % 1 - 0.5
-        angle = np.arctan2(to_blue[:, 1], to_blue[:, 0]) / (2 * np.pi)
-        steps = {
-            "x": circular_steps(x),
-            "y": circular_steps(y),
-            "size": np.diff(np.sqrt(area)) / 96,
-            "angle": circular_steps(angle),
-        }
-        moving = ("x", "y", "size", "angle")[script.CLASSES.index(name) // 2]
-        for kind, step in steps.items():
-            if kind != moving:
-                tolerance = 0.1 if kind == "size" or moving == "size" else 0.03
-                assert np.abs(step).max() < tolerance, (seed, kind)
-        step = sign * steps[moving]
-        if moving == "size":  # once at most it comes again from afar
-            assert (step < 0).sum() <= 1, seed
-            step = np.delete(step, step.argmin())
-        assert (step > 0).all(), (seed, moving)
-
-
 # What the files hold
 
 
@@ -173,7 +78,7 @@ def test_the_files(tmp_path, folder, capsys):
 
     for split, count in (("train", 2), ("validation", 1)):
         rows = list(csv.DictReader((output / split / "labels.csv").open()))
-        assert sorted({row["label"] for row in rows}) == sorted(script.CLASSES)
+        assert sorted({row["label"] for row in rows}) == sorted(CLASSES)
         assert len(rows) == count * 8
         assert {row["path"] for row in rows} == {
             path.relative_to(output / split).as_posix() for path in (output / split).glob("*/*")
@@ -182,10 +87,10 @@ def test_the_files(tmp_path, folder, capsys):
 
     splits = script.split_photographs(photos := script.find_photographs(folder), seed=0)
     for number, (ending, codec) in enumerate((("mp4", "h264"), ("webm", "vp9"))):
-        for pair, names in enumerate(script.PAIRS):
+        for pair, names in enumerate(PAIRS):
             draw = np.random.default_rng([0, 0, pair, number])
             both = script.draw_photographs(photos, splits["train"], draw, 32, set())
-            source = script.render_clip(*both, names[0], draw, frames=7)
+            source = render_clip(*both, names[0], draw, frames=7)
             halved = [av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p") for frame in source]
             halved = np.stack([frame.to_ndarray(format="rgb24") for frame in halved]).astype(float)
             decoded = [decode(output / "train" / name / f"0000{number}.{ending}") for name in names]
@@ -204,7 +109,7 @@ def test_the_files(tmp_path, folder, capsys):
 
 @pytest.mark.parametrize("size", [16, 50, 224])
 def test_any_even_size_is_written(tmp_path, photographs, size):
-    clip = script.render_clip(*photographs[:2], "up", rng(), frames=2, size=size)
+    clip = render_clip(*photographs[:2], "up", np.random.default_rng(0), frames=2, size=size)
     for ending in ("mp4", "webm"):
         script.encode_clip(tmp_path / f"a.{ending}", clip, 240)
         assert decode(tmp_path / f"a.{ending}").shape == clip.shape
@@ -234,8 +139,7 @@ def test_no_photograph_is_in_both_splits(tmp_path, monkeypatch):
             image = Image.new("RGB", (8, 8), (20 * number, 0, 0))
             image.save(tmp_path / "images" / f"{copy}-{number}.png")
     drawn = []
-    render = script.render_clip
-    monkeypatch.setattr(script, "render_clip", lambda *a, **k: drawn.append(a[:2]) or render(*a, **k))
+    monkeypatch.setattr(script, "render_clip", lambda *a, **k: drawn.append(a[:2]) or render_clip(*a, **k))
     script.main(arguments(tmp_path / "images", tmp_path / "out", clips=10, validation=5))
 
     colours = [[image.getpixel((0, 0)) for image in images] for images in drawn]
@@ -420,8 +324,3 @@ def test_clips_of_other_arguments_are_not_mixed(tmp_path, folder, photographs, c
 
     (tmp_path / "out" / "settings.json").unlink()
     assert_refused(arguments(folder, tmp_path / "out", clips=1), "holds videos of another origin", capsys)
-
-
-def test_an_unknown_class_is_refused(photographs):
-    with pytest.raises(ValueError, match="The class is 'sideways'; allowed are right, left"):
-        script.render_clip(*photographs[:2], "sideways", rng())

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import train_video_classification as script  # noqa: E402
-from make_motion_clips import encode_clip, render_clip  # noqa: E402
+from make_motion_clips import encode_clip  # noqa: E402
+from motion import render_clip  # noqa: E402
 
 
 TINY = (
