@@ -8,22 +8,23 @@ from mone import MoNEConfig, MoNEViViTConfig
 from mone.baselines import DenseModel, MixtureOfDepthsModel, TokenMergingModel, mixture_of_depths_macs
 
 
-def make(kind, *args, **fields):
+def make(kind, image_size=32, **fields):
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
     torch.manual_seed(0)
-    return kind(MoNEConfig(**sizes, image_size=32, patch_size=8, num_labels=5, **fields), *args).eval()
+    return kind(MoNEConfig(**sizes, image_size=image_size, patch_size=8, num_labels=5, **fields)).eval()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("share", "count"), [(0.125, 2), (0.3, 4), (0.01, 1), (1.0, 16)])
-def test_it_equals_the_loop(share, count):
-    model = make(MixtureOfDepthsModel, share)
-    images = torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize(("image_size", "count"), [(32, 2), (48, 4), (16, 1)])
+def test_it_equals_the_loop(image_size, count):
+    """Of 16 and 36 tokens the eighth, rounded down, and of 4 still one."""
+    model = make(MixtureOfDepthsModel, image_size)
+    images = torch.randn(2, 3, image_size, image_size)
     expected = []
     for image in images:
         tokens = model.layers[0](model.embed(image[None]))[0]
         scores = [float(model.routers[0].weight @ token) for token in tokens]
-        chosen = sorted(range(16), key=lambda i: -scores[i])[:count]
+        chosen = sorted(range(len(tokens)), key=lambda i: -scores[i])[:count]
         output = model.layers[1](tokens[chosen][None])[0]
         tokens = [
             token + scores[i] * (output[chosen.index(i)] - token) if i in chosen else token
@@ -36,7 +37,8 @@ def test_it_equals_the_loop(share, count):
 
 @torch.no_grad()
 def test_with_all_tokens_and_scores_of_one_it_is_the_dense_model():
-    model, dense = make(MixtureOfDepthsModel, 1.0), make(DenseModel)
+    model, dense = make(MixtureOfDepthsModel), make(DenseModel)
+    model.chosen = 16
     dense.load_state_dict(model.state_dict(), strict=False)
     images = torch.randn(2, 3, 32, 32)
     model.routers[0].register_forward_hook(lambda module, args, output: torch.ones_like(output))
@@ -44,27 +46,20 @@ def test_with_all_tokens_and_scores_of_one_it_is_the_dense_model():
 
 
 def test_everything_learns():
-    model = make(MixtureOfDepthsModel, 0.25)
+    model = make(MixtureOfDepthsModel)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     # A bias of the keys shifts all of a query's scores alike, which softmax does not see.
     silent = {name for name, p in model.named_parameters() if not p.grad.abs().max() > 1e-6}
     assert silent == {f"layers.{number}.attention.k_proj.bias" for number in range(3)}
 
 
-@pytest.mark.parametrize("share", [0.125, 1.0])
-def test_macs_are_those_that_torch_counts(share):
-    model = make(MixtureOfDepthsModel, share)
+def test_macs_are_those_that_torch_counts():
+    model = make(MixtureOfDepthsModel)
     for layer in model.layers:
         layer.attention.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(1, 3, 32, 32))
-    assert mixture_of_depths_macs(model.config, share) == counter.get_total_flops() // 2
-
-
-@pytest.mark.parametrize("share", [0, 1.5, float("nan")])
-def test_a_share_that_is_none(share):
-    with pytest.raises(ValueError, match=rf"share={share} must be in \(0, 1\]"):
-        make(MixtureOfDepthsModel, share)
+    assert mixture_of_depths_macs(model.config) == counter.get_total_flops() // 2
 
 
 def test_another_pooling_is_refused():

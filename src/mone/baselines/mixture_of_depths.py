@@ -1,7 +1,7 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
 """Mixture of Depths: tokens that a layer's router does not choose skip it (Raposo et al., arXiv 2404.02258).
 
-As MoNE's authors compare with it (section 5): every other layer takes 12.5% of the tokens, the others all of them.
+As MoNE's authors compare with it (section 5): every other layer takes `SHARE` of the tokens, the others all of them.
 
 Axis letters: B batch, N tokens, K chosen tokens, D width.
 """
@@ -14,6 +14,9 @@ from ..flops import layer_macs, num_patches
 from .dense import DenseModel, check_image_config, embedding_and_head_macs
 
 
+SHARE = 0.125  # of the tokens, for the layers with a router
+
+
 class MixtureOfDepthsModel(DenseModel):
     """A dense classifier whose second, fourth, ... layer takes only the tokens that its router scores highest.
 
@@ -22,13 +25,12 @@ class MixtureOfDepthsModel(DenseModel):
 
     Args:
         config: of an image model with mean pooling.
-        share: of the tokens that these layers take, in (0, 1]; at least one token.
     """
 
-    def __init__(self, config: MoNEConfig, share: float = 0.125):
+    def __init__(self, config: MoNEConfig):
         check_image_config(config)
         super().__init__(config)
-        self.chosen = chosen_tokens(config, share)
+        self.chosen = chosen_tokens(config)
         self.routers = nn.ModuleList([nn.Linear(config.hidden_size, 1, bias=False) for _ in self.layers[1::2]])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -45,20 +47,14 @@ class MixtureOfDepthsModel(DenseModel):
         return self.classifier(self.layernorm(tokens).mean(1))
 
 
-def chosen_tokens(config: MoNEConfig, share: float) -> int:
-    """K, the tokens of an image that a routed layer takes.
-
-    Raises:
-        ValueError: a share outside of (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be in (0, 1].")
-    return max(1, int(share * num_patches(config) + 1e-6))
+def chosen_tokens(config: MoNEConfig) -> int:
+    """K, the tokens of an image that a routed layer takes; at least one."""
+    return max(1, int(SHARE * num_patches(config)))
 
 
-def mixture_of_depths_macs(config: MoNEConfig, share: float = 0.125) -> int:
+def mixture_of_depths_macs(config: MoNEConfig) -> int:
     """Multiply-accumulates of a [`MixtureOfDepthsModel`] on one image, counted as in `mone.flops`."""
-    patches, chosen = num_patches(config), chosen_tokens(config, share)
+    patches, chosen = num_patches(config), chosen_tokens(config)
     macs = embedding_and_head_macs(config)
     for index in range(config.num_hidden_layers):
         routed = index % 2 == 1
