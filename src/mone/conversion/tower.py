@@ -97,50 +97,15 @@ def build_image_model(
     check_labels(config)
     check_stated(config, tower.fields, tower.name)
     config = number_labels(config)
-    tower = replace(tower, fields=number_labels(tower.fields))
-    size, patch = as_pair(tower.fields["image_size"]), as_pair(tower.fields["patch_size"])
-    covered = tuple(pixels // step * step for pixels, step in zip(size, patch, strict=True))
-    if covered != size:
-        logger.warning(
-            "Patches of %dx%d pixels do not cover the %dx%d of %s, which leaves the last ones out: the MoNE "
-            "is for %dx%d.",
-            *(*patch, *size, tower.name, *covered),
-        )
-        tower.fields["image_size"] = covered
-        if as_pair(config.get("image_size", size)) == size:  # as its processor has it
-            config["image_size"] = covered
-    weights, fields = dict(tower.weights), {**tower.fields, **config}
-    new_labels = {"id2label", "num_labels"} & set(config)
-    if new_labels:
-        fields = {k: v for k, v in fields.items() if k not in LABEL_FIELDS or k in config}
-        if "classifier.weight" in weights and weights["classifier.weight"].shape[0] == count_labels(config):
-            fields = {**{k: tower.fields[k] for k in LABEL_FIELDS if k in tower.fields}, **fields}
-        else:
-            weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-    has_head = "classifier.weight" in weights
-    if fields["pooling"] != tower.fields["pooling"]:
-        if has_head:
-            raise ValueError(
-                f"pooling={fields['pooling']!r}: the classifier of {tower.name} reads "
-                f"pooling={tower.fields['pooling']!r}. Another number of labels gives it a new one."
-            )
-        if tower.fields["pooling"] == "mean":
-            raise ValueError(f"pooling={fields['pooling']!r}: {tower.name} reads no class token.")
-        if fields["pooling"] == "mean":
-            cls_token_to_register(weights)
-            fields["num_register_tokens"] = num_registers(weights)
+    tower = replace(tower, fields=number_labels(tower.fields), weights=dict(tower.weights))
+    _leave_out_cut_patches(tower, config)
+    _leave_out_other_classifier(tower, config)
+    _change_pooling(tower, config)
+    mone_config = MoNEConfig(**{**tower.fields, **config})
+    _resize_positions(tower, mone_config)
 
-    mone_config = MoNEConfig(**fields)
-    grids = [patch_grid(mone_config, as_pair(size)) for size in (tower.fields["image_size"], mone_config.image_size)]
-    positions = weights.get("embeddings.position_embeddings")
-    if positions is not None and grids[0] != grids[1]:
-        num_cls = int("embeddings.cls_token" in weights)
-        if positions.shape[1] == num_cls + grids[0][0] * grids[0][1]:  # else it is reported below
-            weights["embeddings.position_embeddings"] = resize_positions(
-                positions, grids[0], grids[1], mone_config.position_antialias
-            )
-
-    model_class = MoNEForImageClassification if has_head or new_labels else MoNEModel
+    weights, has_head = tower.weights, "classifier.weight" in tower.weights
+    model_class = MoNEForImageClassification if has_head or count_labels(config) is not None else MoNEModel
     patches = weights.get("embeddings.patch_embeddings.projection.weight")
     model = model_class._from_config(
         mone_config,
@@ -158,6 +123,68 @@ def build_image_model(
     if tower.left:
         logger.warning("Left behind of %s, since a MoNE has no such part: %s", tower.name, ", ".join(tower.left))
     return model
+
+
+# The steps of `build_image_model`. They change its own copies of the tower and of the fields to set.
+
+
+def _leave_out_cut_patches(tower: Tower, config: dict) -> None:
+    """Make the image size one of whole patches, all that a ViT reads of an image; a warning says so."""
+    size, patch = as_pair(tower.fields["image_size"]), as_pair(tower.fields["patch_size"])
+    covered = tuple(pixels // step * step for pixels, step in zip(size, patch, strict=True))
+    if covered == size:
+        return
+    logger.warning(
+        "Patches of %dx%d pixels do not cover the %dx%d of %s, which leaves the last ones out: the MoNE is for %dx%d.",
+        *(*patch, *size, tower.name, *covered),
+    )
+    tower.fields["image_size"] = covered
+    if as_pair(config.get("image_size", size)) == size:  # as its processor has it
+        config["image_size"] = covered
+
+
+def _leave_out_other_classifier(tower: Tower, config: dict) -> None:
+    """Remove the tower's classifier, and what it says of labels, where `config` gives another number of labels."""
+    count, classifier = count_labels(config), tower.weights.get("classifier.weight")
+    if count is None or (classifier is not None and classifier.shape[0] == count):
+        return
+    tower.fields = {k: v for k, v in tower.fields.items() if k not in LABEL_FIELDS}
+    tower.weights = {k: v for k, v in tower.weights.items() if not k.startswith("classifier.")}
+
+
+def _change_pooling(tower: Tower, config: dict) -> None:
+    """Make the class token a register if the pooling to set reads none.
+
+    Raises:
+        ValueError: a pooling for which the classifier was not trained, or that reads a class token that is not there.
+    """
+    own = tower.fields["pooling"]
+    pooling = config.get("pooling", own)
+    if pooling == own:
+        return
+    if "classifier.weight" in tower.weights:
+        raise ValueError(
+            f"pooling={pooling!r}: the classifier of {tower.name} reads pooling={own!r}. Another number of labels "
+            "gives it a new one."
+        )
+    if own == "mean":
+        raise ValueError(f"pooling={pooling!r}: {tower.name} reads no class token.")
+    if pooling == "mean":
+        cls_token_to_register(tower.weights)
+        config["num_register_tokens"] = num_registers(tower.weights)
+
+
+def _resize_positions(tower: Tower, config: MoNEConfig) -> None:
+    """Resize the positions to the patches of another image size."""
+    before, after = (patch_grid(config, as_pair(size)) for size in (tower.fields["image_size"], config.image_size))
+    positions = tower.weights.get("embeddings.position_embeddings")
+    if positions is None or before == after:
+        return
+    num_cls = int("embeddings.cls_token" in tower.weights)
+    if positions.shape[1] == num_cls + before[0] * before[1]:  # else loading reports it
+        tower.weights["embeddings.position_embeddings"] = resize_positions(
+            positions, before, after, config.position_antialias
+        )
 
 
 def start_new_classifier(model: torch.nn.Module) -> None:
