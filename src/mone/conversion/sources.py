@@ -25,7 +25,7 @@ from transformers import (
 
 from ..checkpoints import describe_damage
 from .onnx_dinov2 import read_onnx
-from .tower import check_labels, count_labels, follow_labels, number_labels, start_new_classifier
+from .tower import check_fit, check_labels, count_labels, follow_labels, number_labels, start_new_classifier
 from .transformers_vits import LEFT, check_family
 
 
@@ -141,16 +141,8 @@ def load_all(model_class: type, source: str | Path, left: re.Pattern, **options)
         raise
     missing = sorted(key for key in info["missing_keys"] if not left.search(key))
     extra = sorted(info["unexpected_keys"])
-    shapes = [
-        f"{key} {tuple(have)} instead of {tuple(want)}"
-        for key, have, want in sorted(info["mismatched_keys"])
-        if not left.search(key)
-    ]
-    if missing or extra or shapes:
-        raise ValueError(
-            f"The weights of {source} do not fit {type(model).__name__}. Missing: {missing}; without counterpart: "
-            f"{extra}; of another shape: {shapes}."
-        )
+    shapes = [mismatch for mismatch in sorted(info["mismatched_keys"]) if not left.search(mismatch[0])]
+    check_fit(f"The weights of {source} do not fit {type(model).__name__}", missing, extra, shapes)
     return model
 
 

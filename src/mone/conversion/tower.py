@@ -216,6 +216,22 @@ def follow_labels(model: PreTrainedModel, before: Mapping[int, str] | None) -> N
         )
 
 
+def check_fit(
+    message: str, missing: list[str], extra: list[str], shapes: list[tuple[str, torch.Size, torch.Size]]
+) -> None:
+    """Raise ValueError if any of the lists is not empty.
+
+    Args:
+        message: says whose weights do not fit, without a full stop.
+        missing: keys of the model that the weights lack.
+        extra: keys of the weights that the model lacks.
+        shapes: key, shape of the weights and shape of the model, where the two differ.
+    """
+    if missing or extra or shapes:
+        others = [f"{key} {tuple(have)} instead of {tuple(want)}" for key, have, want in shapes]
+        raise ValueError(f"{message}. Missing: {missing}; without counterpart: {extra}; of another shape: {others}.")
+
+
 @torch.no_grad()
 def load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], new: tuple[str, ...], name: str) -> None:
     """Copy `weights` into `model`, all but those whose names start with one of `new`.
@@ -227,14 +243,10 @@ def load(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], new: tuple
     missing = [key for key in state if key not in weights and not key.startswith(new)]
     extra = [key for key in weights if key not in state]
     shapes = [
-        f"{key} {tuple(value.shape)} instead of {tuple(state[key].shape)}"
+        (key, value.shape, state[key].shape)
         for key, value in weights.items()
         if key in state and value.shape != state[key].shape
     ]
-    if missing or extra or shapes:
-        raise ValueError(
-            f"The weights of {name} do not fit. Missing: {missing}; without counterpart: {extra}; "
-            f"of another shape: {shapes}."
-        )
+    check_fit(f"The weights of {name} do not fit", missing, extra, shapes)
     for key, value in weights.items():
         state[key].copy_(value)
