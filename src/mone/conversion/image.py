@@ -17,7 +17,7 @@ from ..modeling_mone_vivit import MoNEViViTForVideoClassification
 from .calibration import check_untrained
 from .processors import fit_image_processor, load_image_processor, make_video_processor, output_size
 from .scenic import from_scenic, is_factorised, parameters, vivit_from_scenic
-from .sources import NOTHING, check_source, load_all, load_classifier, load_pretrained, read_weights
+from .sources import NO_KEY, check_source, load_all, load_classifier, load_pretrained, read_weights
 from .state_dicts import infer_config, strip_prefixes
 from .timm_vits import from_timm
 from .tower import LABEL_FIELDS, STATED_FIELDS, Tower, build_image_model, check_fields, check_stated
@@ -152,7 +152,7 @@ def _load_checked(source: str | Path, config: PreTrainedConfig | None, options: 
     check_stated(options, vars(config), str(source))
     size = options.pop("image_size", None)
     if config.architectures == [MoNEModel.__name__] and not {"num_labels", "id2label"} & set(options):
-        model = load_all(MoNEModel, source, NOTHING, **options)
+        model = load_all(MoNEModel, source, NO_KEY, **options)
     else:
         model = load_classifier(MoNEForImageClassification, source, config, MoNEModel, **options)
     if tuple(model.config.router_layers) != tuple(config.router_layers):

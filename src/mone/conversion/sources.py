@@ -31,8 +31,8 @@ from .transformers_vits import LEFT, check_family
 
 # What readers raise for a file that is cut short or of another kind.
 UNREADABLE = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, KeyError)
-# For `load_all`, which finds no key then.
-NOTHING = re.compile(r"(?!)")
+# Matches no key: given to `load_all`, it lets none be missing or of another shape.
+NO_KEY = re.compile(r"(?!)")
 # Under which files of training runs hold the weights; DINO's holds a student beside the teacher.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "teacher")
 
@@ -161,7 +161,7 @@ def load_classifier(
     options = number_labels(options)
     count = count_labels(options, before.num_labels)
     new = count != before.num_labels or before.architectures == [headless.__name__]
-    model = load_all(model_class, source, re.compile(r"^classifier\.") if new else NOTHING, **options)
+    model = load_all(model_class, source, re.compile(r"^classifier\.") if new else NO_KEY, **options)
     if new:
         start_new_classifier(model)
     else:
