@@ -173,6 +173,50 @@ class TestWhatDoesNotFit:
         with pytest.raises(OSError, match=f"copy.sharded cannot be read; .*{index.name} may be truncated"):
             AutoModelForImageClassification.from_pretrained(folder / "sharded")
 
+    def test_a_truncated_shard_of_torch(self, folder):
+        state = make_model().state_dict()
+        names = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+        for path in (folder / "image").glob("*.safetensors"):
+            path.unlink()
+        files = {key: names[number % 2] for number, key in enumerate(state)}
+        for name in names:
+            shard = {key: value for key, value in state.items() if files[key] == name}
+            torch.save(shard, folder / "image" / name)
+        index = folder / "image" / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        # As Trainer leaves it: a pickle of more than tensors, and no weights.
+        torch.save(torch.nn.Identity(), folder / "image" / "training_args.bin")
+        assert MoNEForImageClassification.from_pretrained(folder / "image")
+        path = folder / "image" / names[1]
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(OSError, match=rf"image cannot be read; .*image.{names[1]} may be truncated"):
+            MoNEForImageClassification.from_pretrained(folder / "image")
+        index.write_text("no JSON")
+        with pytest.raises(OSError, match=rf"image cannot be read; .*image.{index.name} may be truncated"):
+            MoNEForImageClassification.from_pretrained(folder / "image")
+
+    def test_truncated_in_a_subfolder_and_in_the_cache_of_the_hub(self, folder):
+        path = folder / "image" / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:400])
+        with pytest.raises(OSError, match=r"copy cannot be read; .*image.model\.safetensors may be truncated"):
+            MoNEForImageClassification.from_pretrained(folder, subfolder="image")
+        cached, commit = folder / "models--alice--image", "0" * 40
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(commit)
+        shutil.copytree(folder / "image", cached / "snapshots" / commit)
+        with pytest.raises(
+            OSError, match=rf"alice/image cannot be read; .*{commit}.model\.safetensors may be truncated"
+        ):
+            MoNEForImageClassification.from_pretrained("alice/image", cache_dir=folder, local_files_only=True)
+
+    def test_a_damaged_file_that_is_not_loaded_is_not_to_blame(self, folder):
+        (folder / "image" / "pytorch_model.bin").write_bytes(b"")
+        assert MoNEForImageClassification.from_pretrained(folder / "image")
+        with pytest.raises(ValueError, match=r"^num_experts"):
+            MoNEForImageClassification.from_pretrained(folder / "image", num_experts=0)
+        with pytest.raises(OSError, match="never"):
+            MoNEForImageClassification.from_pretrained(folder / "never")
+
     def test_a_pipeline_says_so_too(self, folder):
         change(folder / "image", mone__layers__1__mlp__fc1__weight=None)
         with pytest.raises(ValueError, match=r"missing: mone\.layers\.1\.mlp"):

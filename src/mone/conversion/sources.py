@@ -136,7 +136,7 @@ def load_all(model_class: type, source: str | Path, left: re.Pattern, **options)
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except Exception as error:
-        if damage := describe_damage(source, error):
+        if damage := describe_damage(source, error, options):
             raise ValueError(damage) from error
         raise
     missing = sorted(key for key in info["missing_keys"] if not left.search(key))
