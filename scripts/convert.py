@@ -17,8 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from PIL import Image, ImageOps
 from transformers import AutoVideoProcessor, BaseImageProcessor, PreTrainedModel
 
 from mone import MoNEConfig, MoNEViViTConfig, MoNEViViTForVideoClassification
@@ -33,15 +31,11 @@ from mone.conversion import (
     make_video_processor,
     mone_vivit_from_mone,
 )
+from mone.conversion.calibration_images import find_images, read_images
 from mone.conversion.channel_order import check_image_model
 from mone.conversion.sources import load_config
-from mone.data.examples import UNREADABLE, decoding
-from mone.data.images import as_rgb, image_suffixes
-from mone.data.sources import visible_files
 from mone.training.command_line import parse_overrides
 
-
-logger = logging.getLogger(__name__)
 
 # Of a video model, and of the image model that it is made of.
 SHARED_FIELDS = ("num_experts", "router_layers", "router_type", "num_attention_heads", "hidden_act", "layer_norm_eps")
@@ -132,33 +126,11 @@ def check_destination(destination: Path, source: str, overwrite: bool) -> str | 
     return None
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The images to calibrate on, from all over the folder."""
-    if not folder.is_dir():
-        raise NotADirectoryError(f"--calibrate needs a folder of images, and {folder} is none.")
-    files = [Path(file) for file in visible_files(folder, image_suffixes())]
-    if not files:
-        raise ValueError(f"{folder} has no images, that is files ending in {', '.join(sorted(image_suffixes()))}.")
-    count = min(len(files), CALIBRATION_IMAGES)
-    return [files[number * len(files) // count] for number in range(count)]
-
-
 def fit(model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path] | None) -> None:
-    """Calibrate the model if there are files of images. One that cannot be read is named and left out."""
-    if files is None:
-        return
-    check_image_model(model)
-    pixel_values = []
-    for path in files:
-        try:
-            with decoding(), Image.open(path) as image:
-                image = as_rgb(ImageOps.exif_transpose(image))
-            pixel_values.append(processor(image, return_tensors="pt").pixel_values)
-        except UNREADABLE as error:
-            logger.warning("%s is left out, as it cannot be read: %s", path, error)
-    if not pixel_values:
-        raise ValueError(f"None of the {len(files)} images can be read, of which the first is {files[0]}.")
-    calibrate(model, torch.cat(pixel_values))
+    """Calibrate the model if there are files of images."""
+    if files is not None:
+        check_image_model(model)  # first: a video model's processor takes no images
+        calibrate(model, read_images(files, processor))
 
 
 def write(destination: Path, model: PreTrainedModel, processor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -273,19 +273,7 @@ def test_a_video_model_keeps_its_fitted_routers(tmp_path, dinov2, image, overrid
     torch.testing.assert_close(proj.bias, torch.arange(3.0) * proj.bias[1])
 
 
-@pytest.mark.parametrize("count", [1, 255, 256, 257, 300, 700])
-def test_the_images_to_calibrate_on(tmp_path, count):
-    for number in range(count):
-        (tmp_path / f"{number:03d}.jpg").touch()
-    numbers = [int(path.stem) for path in convert.find_images(tmp_path)]
-    assert len(numbers) == min(count, 256) and numbers == sorted(set(numbers))
-    assert numbers[0] == 0 and numbers[-1] >= count - 1 - count / 256
-
-
-def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog, monkeypatch):
-    def fail(image):  # as Pillow does for AVIF
-        raise RuntimeError("Failed to decode frame 0")
-
+def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog):
     photos = tmp_path / "photos"
     with pytest.raises(NotADirectoryError, match=r"needs a folder of images, and .*photos is none"):
         convert.main([str(tmp_path / "not_read"), str(tmp_path / "m"), "--calibrate", str(photos)])
@@ -298,20 +286,10 @@ def test_images_that_cannot_be_read(tmp_path, dinov2, image, caplog, monkeypatch
         convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     assert not (tmp_path / "m").exists()
     image.save(photos / "whole.png")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="None of the 2 images can be read"):
-        patch.setattr(convert, "as_rgb", fail)
-        convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     caplog.clear()
     convert.main([str(dinov2), str(tmp_path / "m"), "--calibrate", str(photos)])
     assert "cut.png is left out, as it cannot be read" in caplog.text and "whole.png" not in caplog.text
     (photos / "cut.png").unlink()
-    # Grey levels that 8 bits do not hold are left out, hidden files are none, a camera's orientation is followed.
-    Image.fromarray(np.full((40, 40), 30_000, dtype=np.uint16)).save(photos / "grey16.png")
-    (photos / "._whole.png").touch()
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
-    Image.open(photos / "whole.png").transpose(Image.Transpose.ROTATE_90).save(photos / "whole.png", exif=exif)
     convert.main([str(dinov2), str(tmp_path / "n"), "--calibrate", str(photos)])
-    assert "grey16.png is left out, as it cannot be read" in caplog.text and "_whole" not in caplog.text
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in "mn")
     assert all(torch.equal(first[key], second[key]) for key in first)

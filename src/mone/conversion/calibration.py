@@ -30,6 +30,7 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
 
     Args:
         pixel_values: (B, C, height, width), inputs as the model takes them, some hundreds: more hardly help.
+            `conversion.calibration_images` reads those of a folder.
 
     Raises:
         TypeError: a model that is no image model.
