@@ -20,7 +20,13 @@ from .routing import Router
 
 
 class CheckpointMixin:
-    """Before `PreTrainedModel` among the bases. The class that names `_auto_map` gives the file of the code."""
+    """Loading, saving and pushing that refuse what transformers only warns of.
+
+    Weights that do not fit are an error, an interrupted save leaves what was there, and a push takes the card along.
+
+    It goes before `PreTrainedModel` in the bases. The code that is saved is the file of the class that sets
+    `_auto_map`, also for subclasses made elsewhere.
+    """
 
     # Auto class -> class of the same file, for what loads a saved folder without the package.
     _auto_map: dict[str, str]
