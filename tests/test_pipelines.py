@@ -259,6 +259,14 @@ class TestErrors:
             with pytest.raises(ValueError, match=rf"{name} has mode 'I;16', grey levels of more than 8 bits"):
                 pipe(item)
 
+    def test_a_url_without_an_image_is_named(self, folder, images, urls):
+        """Among others in a batch, whose own errors do not say which one it was."""
+        missing, closed = urls[0].replace("/0.png", "/no.png"), "http://127.0.0.1:1/0.png"
+        pipe = make_pipeline(model=folder)
+        for url in (missing, closed):
+            with pytest.raises(ValueError, match=f"{url}: no image could be loaded from there"):
+                pipe([images[0], url], batch_size=2)
+
     @pytest.mark.parametrize("capacity", BAD_CAPACITIES)
     def test_bad_capacity_at_construction(self, folder, capacity):
         with pytest.raises(ValueError, match=r"capacity=.* Allowed are .* in \[0\.125, 1\]"):

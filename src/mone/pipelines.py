@@ -17,6 +17,7 @@ ones.
 import os
 
 import PIL.Image
+from huggingface_hub.utils import httpx
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
@@ -35,14 +36,21 @@ class CapacityMixin:
     input_axes = 3  # of an image, or a video, as an array
 
     def preprocess(self, item, *args, **kwargs):
-        """Refuse images that the stock pipelines would make black and white; of a URL they are not known here."""
-        if self._takes_capacity():
-            if isinstance(item, str) and os.path.isfile(item):
-                with PIL.Image.open(item) as image:  # its header only
-                    check_bit_depth(image.mode, item)
-            elif isinstance(item, PIL.Image.Image):
-                check_bit_depth(item.mode, "the image")
-        return super().preprocess(item, *args, **kwargs)
+        """As the stock pipelines', which make images of more than 8 bits black and white and do not name a bad URL.
+
+        Of a URL the bits are not known here.
+        """
+        if not self._takes_capacity():
+            return super().preprocess(item, *args, **kwargs)
+        if isinstance(item, str) and os.path.isfile(item):
+            with PIL.Image.open(item) as image:  # its header only
+                check_bit_depth(image.mode, item)
+        elif isinstance(item, PIL.Image.Image):
+            check_bit_depth(item.mode, "the image")
+        try:
+            return super().preprocess(item, *args, **kwargs)
+        except (httpx.HTTPError, PIL.UnidentifiedImageError) as error:
+            raise ValueError(f"{item}: no image could be loaded from there ({error}).") from error
 
     def __call__(self, inputs, **kwargs):
         if self._takes_capacity() and getattr(inputs, "ndim", 0) == self.input_axes + 1:
@@ -89,7 +97,7 @@ class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline
 
     Raises:
         ValueError: `capacity` is not allowed, which is raised before any image is loaded; an image with grey levels of
-            more than 8 bits.
+            more than 8 bits; a URL without an image.
         TypeError: `capacity` for a model that is not MoNE, or an unknown keyword, such as a misspelt one.
     """
 
