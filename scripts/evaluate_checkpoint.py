@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor, data_sets = task.load(model_args, data_args, args)
     examples = data_sets["validation"]
     size = count_rows(examples.split)
-    num_clips = processor.clips_of_evaluation if is_video else 1
+    num_clips = processor.clips_to_average if is_video else 1
     rows, numbers = [], data_args.clips if is_video else []
     for number in numbers or [num_clips]:
         name = "MoNE" if is_mone else "MoNE, converted and not trained"

@@ -80,8 +80,8 @@ class VideoArguments(DataArguments):
     num_clips: int | None = field(
         default=None,
         metadata={
-            "help": "Clips of a video over whose logits an evaluation, and a pipeline of the saved model, averages. "
-            "Default: the checkpoint's, else 8 of what is sampled densely."
+            "help": "Clips of a video over whose logits an evaluation, and a pipeline of the saved model, averages; "
+            "with uniform sampling one. Default: the checkpoint's, else 8."
         },
     )
     scale_jitter: list[float] = field(
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model, processor, data_sets = load(model_args, data_args, training_args)
     if data_args.measure_input:
         return report_input(data_sets["train"], data_args, training_args)
-    num_clips = processor.clips_of_evaluation
+    num_clips = processor.clips_to_average
     return train_and_evaluate(model, processor, data_sets, training_args, "video-classification", num_clips)
 
 
@@ -145,7 +145,8 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
 
     if not checkpoint:
         start_classifier(model, model_args.head_bias)
-    options = {name: getattr(data_args, name) for name in ("sampling", "frame_sampling_rate", "num_clips")}
+    options = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
+    options["evaluation_clips"] = data_args.num_clips
     options = {name: value for name, value in options.items() if value is not None}
     if checkpoint:
         options["num_frames"] = model.config.num_frames
@@ -164,7 +165,6 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
     transforms = functools.partial(
         make_video_transforms,
         processor,
-        num_clips=processor.clips_of_evaluation,
         flip=data_args.flip,
         scale_jitter=tuple(data_args.scale_jitter),
         color_jitter=data_args.color_jitter,

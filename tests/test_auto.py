@@ -47,7 +47,7 @@ CODE = {
     "triton_linear.py",
 }
 VIDEO_MODEL_CODE = CODE | {"modeling_mone_vivit.py"}
-VIDEO_PROCESSOR_CODE = {"video_decoding.py", "video_processing_mone.py"}
+VIDEO_PROCESSOR_CODE = {"pixels.py", "video_decoding.py", "video_processing_mone.py"}
 VIDEO_CODE = {
     "video": VIDEO_MODEL_CODE | VIDEO_PROCESSOR_CODE,
     "video_base": VIDEO_MODEL_CODE,
@@ -487,7 +487,7 @@ class TestWithoutThePackage:
                 torch.testing.assert_close(hidden, expected["video_base"][i])
         pipe = pipeline("video-classification", model=str(folder / "video"), capacity=0.5, device="cpu", top_k=1)
         best = expected["video"][CAPACITIES.index(0.5)].argmax()
-        assert pipe(str(saved / "clip.webm"))[0]["label"] == f"class {best}"
+        assert pipe(str(saved / "clip.webm"), num_clips=1)[0]["label"] == f"class {best}"
 
 
 def test_import_is_silent_and_idempotent(saved, tmp_path):

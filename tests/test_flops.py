@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mone import (
     MoNEConfig,
@@ -184,6 +185,16 @@ def test_a_budget_below_the_least_is_an_error_that_names_the_least(gmacs):
     with pytest.raises(ValueError) as error:
         capacity_for_macs(config, gmacs)
     assert f"{least:.3g}" in str(error.value) and str(gmacs) in str(error.value)
+
+
+def test_configs_of_the_code_beside_a_checkpoint(tmp_path):
+    """As `trust_remote_code` loads them where the package is not imported."""
+    config = MoNEViViTConfig(num_frames=4, image_size=32, num_labels=3)
+    MoNEViViTForVideoClassification(config).save_pretrained(tmp_path)
+    foreign = get_class_from_dynamic_module("configuration_mone.MoNEViViTConfig", str(tmp_path))
+    assert foreign is not MoNEViViTConfig
+    assert count_macs(foreign.from_pretrained(tmp_path), 0.4) == count_macs(config, 0.4)
+    assert attention_macs(foreign.from_pretrained(tmp_path)) == attention_macs(config)
 
 
 def test_what_is_no_config_and_what_is_no_budget_is_said():

@@ -83,7 +83,7 @@ def test_capacity_at_construction_and_per_call(model_folder, videos):
 
 def test_the_papers_clips_unless_the_processor_has_others(model_folder, videos):
     results = []
-    for settings, num_clips in (({}, 8), ({"num_clips": 2}, 2), ({"sampling": "uniform"}, 1)):
+    for settings, num_clips in (({}, 8), ({"evaluation_clips": 2}, 2), ({"sampling": "uniform"}, 1)):
         pipe = pipeline("video-classification", model=model_folder, capacity=0.4, top_k=6, frame_sampling_rate=1)
         for name, value in settings.items():
             setattr(pipe.video_processor, name, value)

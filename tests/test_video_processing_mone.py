@@ -395,6 +395,18 @@ def test_options_that_are_not_allowed(options, message):
         MoNEViViTVideoProcessor()("a file that is not looked at.mp4", **options)
 
 
+def test_clips_of_evaluations_are_not_those_of_a_call(frames):
+    processor = MoNEViViTVideoProcessor(evaluation_clips=3, num_frames=4)
+    assert processor.clips_to_average == 3
+    assert processor(frames, return_tensors="pt").pixel_values.dim() == 5, "what a model takes"
+    for options in ({"sampling": "uniform"}, {"do_sample_frames": False}):
+        assert MoNEViViTVideoProcessor(**options).clips_to_average == 1
+    with pytest.raises(TypeError, match="evaluation_clips is for pipelines and evaluations; a call takes num_clips"):
+        processor(frames, evaluation_clips=2)
+    with pytest.raises(ValueError, match="evaluation_clips=0 must be an integer of at least 1"):
+        MoNEViViTVideoProcessor(evaluation_clips=0)
+
+
 @pytest.mark.parametrize("name", ["num_frame", "fps", "capasity", "do_pad", "video_metadata", "data_format"])
 def test_unknown_options(frames, processor, name):
     with pytest.raises(TypeError, match=f"unknown option {name}. Allowed are do_sample_frames"):

@@ -34,10 +34,10 @@ from .baselines import (
     merged_per_layer_for_macs,
     mixture_of_depths_macs,
 )
-from .capacity import one_hot_allocation, paper_grid, relative_widths
+from .capacity import check_number, one_hot_allocation, paper_grid, relative_widths
 from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
 from .export import example_input, export_onnx, onnx_session, quantize_onnx, write_onnx
-from .flops import attention_macs, check_budget, count_macs
+from .flops import attention_macs, count_macs
 from .modeling_mone import (
     MoNEForImageClassification,
     MoNELayer,
@@ -520,7 +520,7 @@ def capacity_for_latency(
         TypeError: a budget that is no number.
         ValueError: if the smallest capacity takes longer; gives the least budget that works.
     """
-    check_budget(milliseconds=milliseconds)
+    check_number(milliseconds=milliseconds)
     if points < 2:
         raise ValueError(f"points={points} must be at least 2.")
     capacities = np.linspace(relative_widths(model.config.num_experts)[0], 1.0, points).tolist()

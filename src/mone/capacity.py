@@ -238,3 +238,10 @@ def as_number(value: object) -> float | None:
     except OverflowError:  # an integer beyond every float
         return None
     return number if math.isfinite(number) else None
+
+
+def check_number(**named: object) -> None:
+    """Raise TypeError, which names it, for what is no real number. Infinity and NaN are some."""
+    for name, value in named.items():
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}={value!r} must be a number.")

@@ -6,11 +6,10 @@ Norms, activations and additions are not, as in the paper and in PyTorch's `Flop
 embedding do not depend on the capacity.
 """
 
-import numbers
 from collections.abc import Sequence
 
-from .capacity import relative_widths, tokens_per_expert
-from .configuration_mone import MoNEConfig, MoNEViViTConfig, as_pair
+from .capacity import check_number, relative_widths, tokens_per_expert
+from .configuration_mone import MoNEConfig, as_pair
 
 
 def count_macs(
@@ -18,7 +17,7 @@ def count_macs(
     capacity: float | Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> int:
-    """MACs of a classifier on one image, or on one clip for a [`MoNEViViTConfig`].
+    """MACs of a classifier on one image, or on one clip for a video model.
 
     Args:
         config: of the model.
@@ -49,7 +48,7 @@ def count_macs(
         total += len(config.router_layers) * n * d * e
     total += n * config.num_channels * patch[0] * patch[1] * d
 
-    if isinstance(config, MoNEViViTConfig):
+    if hasattr(config, "num_temporal_indices"):  # a video model
         # One spatial encoder pass for each temporal index; a tubelet's kernel spans its frames.
         time = config.num_temporal_indices
         total = time * (total + n * config.num_channels * patch[0] * patch[1] * d * (config.tubelet_size[0] - 1))
@@ -65,7 +64,7 @@ def attention_macs(config: MoNEConfig, image_size: int | tuple[int, int] | None 
     """
     prefix = config.num_prefix_tokens
     sequences = config.num_hidden_layers * (prefix + num_patches(config, image_size)) ** 2
-    if isinstance(config, MoNEViViTConfig):
+    if hasattr(config, "num_temporal_indices"):  # a video model
         time = config.num_temporal_indices
         sequences = time * sequences + config.num_temporal_layers * (prefix + time) ** 2
     return 2 * config.hidden_size * sequences
@@ -108,7 +107,7 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
         ValueError: if even the smallest capacity costs more; the message gives the least budget that works.
     """
     _check_config(config)
-    check_budget(gmacs=gmacs)
+    check_number(gmacs=gmacs)
     low, high = relative_widths(config.num_experts)[0], 1.0
     least = count_macs(config, low, image_size)
     budget = gmacs * 1e9
@@ -129,13 +128,7 @@ def capacity_for_macs(config: MoNEConfig, gmacs: float, image_size: int | tuple[
     return low
 
 
-def check_budget(**budget: float) -> None:
-    """Raise TypeError, which names it, for a budget that is no number."""
-    for name, value in budget.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}={value!r} must be a number.")
-
-
 def _check_config(config: MoNEConfig) -> None:
-    if not isinstance(config, MoNEConfig):
+    # Not by class: it may be that of the code beside a checkpoint.
+    if not hasattr(config, "resolve_capacity"):
         raise TypeError(f"config must be a MoNEConfig, such as model.config, got {type(config).__name__}.")

@@ -112,7 +112,7 @@ class MoNEImageFeatureExtractionPipeline(CapacityMixin, ImageFeatureExtractionPi
             As in [`~transformers.ImageFeatureExtractionPipeline`].
 
     Raises:
-        ValueError: `capacity` is not allowed. Raised before any image is loaded.
+        ValueError: as [`MoNEImageClassificationPipeline`].
         TypeError: `capacity` for a model that is not MoNE, or, for one that is, an unknown keyword.
     """
 
@@ -137,9 +137,9 @@ class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline
         inputs (`str`, `bytes`, array, or a list of these):
             Paths, http(s) URLs, the bytes of a file, arrays (frames, height, width, channels), lists of frames. An
             array of five axes is a list of videos.
-        num_clips (`int`, *optional*, defaults to the video processor's, else 8 as in the paper):
+        num_clips (`int`, *optional*, defaults to the video processor's `clips_to_average`, 8 as in the paper):
             Clips of each video with linearly spaced starts, over whose logits the result is averaged. 1, the middle
-            one, takes an eighth of the time.
+            one, takes an eighth of the time; of a video no longer than a clip all are the same.
         frame_sampling_rate (`int`, *optional*, defaults to the video processor's):
             Distance between the frames of a clip.
         num_frames (`int`, *optional*, defaults to `model.config.num_frames`):
@@ -177,7 +177,7 @@ class MoNEVideoClassificationPipeline(CapacityMixin, VideoClassificationPipeline
     def preprocess(self, video, num_clips=None, **options):
         if not self._takes_capacity():
             return super().preprocess(video, **options)
-        num_clips = self.video_processor.clips_of_evaluation if num_clips is None else num_clips
+        num_clips = self.video_processor.clips_to_average if num_clips is None else num_clips
         options = {"num_frames": self.model.config.num_frames, **options, "num_clips": num_clips}
         return self.video_processor(video, return_tensors="pt", **options).to(self.dtype)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The mone authors. Licensed under the Apache License, Version 2.0.
-"""Pixels as bytes, a quarter of what workers would hand over as floats, and what a processor makes of them."""
+"""Pixels on their way to a model: those of more than 8 bits, and bytes, a quarter of what floats take to hand over."""
 
 import torch
 

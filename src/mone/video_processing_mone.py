@@ -50,6 +50,7 @@ class MoNEViViTVideoProcessorKwargs(TypedDict, total=False):
     num_frames: int | None
     frame_sampling_rate: int | None
     num_clips: int | None
+    evaluation_clips: int | None
     do_convert_rgb: bool | None
     do_resize: bool | None
     size: int | list[int] | tuple[int, ...] | dict[str, int] | None
@@ -64,10 +65,6 @@ class MoNEViViTVideoProcessorKwargs(TypedDict, total=False):
     input_data_format: str | ChannelDimension | None
     device: str | torch.device | None
     return_tensors: str | TensorType | None
-
-
-# Of the paper, 8 x 1 crop.
-EVALUATION_CLIPS = 8
 
 
 class MoNEViViTVideoProcessor(BaseVideoProcessor):
@@ -90,9 +87,10 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
         frame_sampling_rate (`int`, *optional*, defaults to 2):
             Distance between the frames of a dense clip. Lowered, where the clip would not fit in the video, to the
             largest that does; so a video of exactly `num_frames` frames is taken as it is.
-        num_clips (`int`, *optional*):
-            Dense clips of a video: the middle one, or several with linearly spaced starts, to average the logits of.
-            Without it a call takes one; pipelines and evaluations take [`clips_of_evaluation`].
+        num_clips (`int`, *optional*, defaults to 1):
+            Dense clips of a video that a call takes: the middle one, or several with linearly spaced starts.
+        evaluation_clips (`int`, *optional*, defaults to 8):
+            Dense clips of a video over whose logits pipelines and evaluations average, as in the paper. Not of a call.
         do_convert_rgb (`bool`, *optional*, defaults to `True`):
             Whether to turn PIL images of other modes and grey arrays into RGB.
         do_resize, size, resample (*optional*, default to `True`, `{"shortest_edge": 256}`, bilinear):
@@ -129,7 +127,8 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
     sampling = "dense"
     num_frames = 32
     frame_sampling_rate = 2
-    num_clips = None
+    num_clips = 1
+    evaluation_clips = 8
     do_convert_rgb = True
     do_resize = True
     size = {"shortest_edge": 256}
@@ -151,14 +150,9 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
         _check_values(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     @property
-    def clips_of_evaluation(self) -> int:
-        """Clips of a video over whose logits predictions are averaged: `num_clips`, or without it 8, as in the paper.
-
-        1 for what is not sampled densely.
-        """
-        if not self.do_sample_frames or self.sampling != "dense":
-            return 1
-        return EVALUATION_CLIPS if self.num_clips is None else self.num_clips
+    def clips_to_average(self) -> int:
+        """`evaluation_clips`, or 1 where frames are not sampled densely."""
+        return self.evaluation_clips if self.do_sample_frames and self.sampling == "dense" else 1
 
     def preprocess(self, videos, **kwargs) -> BatchFeature:
         """Also what calling the processor does.
@@ -169,7 +163,7 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
                 array or tensor of shape (frames, height, width, channels) or (frames, channels, height, width), or a
                 list of frames: PIL images or arrays or tensors of three axes. Arrays of five axes are batches.
                 Pixels in memory are in 0..255, whole numbers or not; channels are 1 or 3.
-            kwargs: any option of the class, for this call. `None` is the processor's own.
+            kwargs: any option of the class but `evaluation_clips`, for this call. `None` is the processor's own.
 
         Returns:
             `BatchFeature` with `pixel_values` (batch, frames, channels, height, width); with `num_clips > 1`
@@ -182,11 +176,12 @@ class MoNEViViTVideoProcessor(BaseVideoProcessor):
             VideoDecodeError: a file that cannot be downloaded or decoded; names it.
         """
         _check_types(kwargs)
+        if kwargs.get("evaluation_clips") is not None:
+            raise TypeError("evaluation_clips is for pipelines and evaluations; a call takes num_clips.")
         options: dict[str, Any] = {
             name: getattr(self, name) if kwargs.get(name) is None else kwargs[name]
             for name in self._valid_kwargs_names
         }
-        options["num_clips"] = 1 if options["num_clips"] is None else options["num_clips"]
         options = self._standardize_kwargs(**options)
         self._validate_preprocess_kwargs(**options)
         _check_values(**options)
@@ -278,13 +273,21 @@ def _check_types(kwargs: dict[str, Any]) -> None:
 
 
 def _check_values(
-    sampling, num_frames, frame_sampling_rate, num_clips, do_sample_frames, size, crop_size, return_tensors, **other
+    sampling,
+    num_frames,
+    frame_sampling_rate,
+    num_clips,
+    evaluation_clips,
+    do_sample_frames,
+    size,
+    crop_size,
+    return_tensors,
+    **other,
 ) -> None:
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling={sampling!r} must be one of {SAMPLINGS}.")
-    check_positive(num_frames=num_frames, frame_sampling_rate=frame_sampling_rate)
-    if num_clips is not None:
-        check_num_clips(num_clips, do_sample_frames, sampling)
+    check_positive(num_frames=num_frames, frame_sampling_rate=frame_sampling_rate, evaluation_clips=evaluation_clips)
+    check_num_clips(num_clips, do_sample_frames, sampling)
     for name, value in (("size", dict(size)), ("crop_size", dict(crop_size))):
         if any(length is not None and length < 1 for length in value.values()):
             raise ValueError(f"{name}={value} must hold lengths of at least 1.")

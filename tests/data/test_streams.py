@@ -39,7 +39,7 @@ def write_shards(folder, label=lambda number: number % 3, feature=None, damaged=
     features = Features({"image": Image(), "label": feature or ClassLabel(names=["a", "b", "c"])})
     for shard in range(SHARDS):
         numbers = range(shard * ROWS, (shard + 1) * ROWS)
-        images = [{"bytes": png(n)[:30] if n in damaged else png(n), "path": None} for n in numbers]
+        images = [{"bytes": png(n)[:30] if n in damaged else png(n), "path": f"{n}.png"} for n in numbers]
         rows = {"image": images, "label": [label(n) for n in numbers]}
         Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"train-{shard:05d}.parquet"))
     return folder
@@ -177,7 +177,7 @@ def test_damaged_images_are_replaced_in_training_and_not_counted_in_evaluation(t
         seen = numbers(data)
     assert len(seen) == 24 and not {0, 7, 8, 23} & set(seen)
     assert data.num_unreadable >= 4
-    assert "cannot be read" in caplog.text
+    assert "7.png is skipped, as it cannot be read" in caplog.text
     splits = load_image_datasets(validation_file=str(folder), streaming=True)
     rows = list(LabelledStream(splits["validation"], number_and_noise, train=False))
     assert len(rows) == 24

@@ -139,7 +139,7 @@ def test_parquet_with_the_videos_inside(folder, tmp_path):
     transforms = make_video_transforms(processor_of(), train=False)
     whole = LabelledExamples(load_video_datasets(**options, validation_split=0)["train"], transforms, train=False)
     stream = LabelledStream(load_video_datasets(**options, streaming=True)["train"], transforms, train=False)
-    expected = processor_of()(str(paths[0]), return_tensors="pt").pixel_values[0]
+    expected = processor_of()(str(paths[0]), num_clips=8, return_tensors="pt").pixel_values[0]
     for example in (whole[0], *stream):
         assert torch.equal(example["pixel_values"], expected)
         assert example["labels"] == 0

@@ -126,7 +126,8 @@ def test_it_starts_from_an_image_model(tmp_path, clips, kind):
     assert model.config.id2label == {0: "Moving it left", 1: "Moving it right"}
     processor = MoNEViViTVideoProcessor.from_pretrained(tmp_path / "out")
     assert (processor.num_frames, dict(processor.crop_size)) == (4, {"height": 32, "width": 32})
-    assert processor.clips_of_evaluation == 2, "which a pipeline averages, too"
+    assert processor.evaluation_clips == 2, "which a pipeline averages, too"
+    assert processor.num_clips == 1, "so that what a call gives fits the model"
 
     # Once more from what it saved, only evaluating: the same numbers, with the checkpoint's own sampling.
     split = [row["path"] for row in script_validation_rows(tmp_path, clips)]

@@ -65,6 +65,7 @@ def test_json_is_read_alike(tmp_path):
     [
         ("learning_rat: 1", r"run\.yaml: 'learning_rat' is not an option\. Did you mean learning_rate\?"),
         ("- a\n- b", r"run\.yaml must hold options"),
+        ("output_dir: out\nreport_to: []", r"run\.yaml: report_to is an empty list"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path, text, message):

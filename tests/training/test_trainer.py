@@ -1,5 +1,6 @@
 """MoNETrainer on a tiny model and random images. That models learn is tested in test_modeling_mone.py."""
 
+import contextlib
 import copy
 import errno
 import logging
@@ -1272,6 +1273,21 @@ def test_a_run_that_took_all_its_steps_takes_no_more(tmp_path, max_steps):
     assert not (tmp_path / "out" / f"checkpoint-{max_steps + 1}").exists()
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_a_trial_goes_on_with_its_own_settings(tmp_path, monkeypatch):
+    """As Ray Tune resumes one: its values replace the arguments' inside of `train`."""
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # which asks for Ray, as does the next
+    monkeypatch.setattr(MoNETrainer, "_get_output_dir", lambda self, trial: self.args.output_dir)
+    common = {"save_strategy": "steps", "save_steps": 2, "capacity": 0.5}
+    make_trainer(tmp_path, max_steps=2, learning_rate=1e-3, **common).train()
+    for rate in (1e-3, 1e-2):
+        trainer = make_trainer(tmp_path, max_steps=3, **{**common, "save_strategy": "no"})
+        trainer.hp_search_backend = HPSearchBackend.RAY
+        other = pytest.raises(ValueError, match=r"learning_rate=0\.01 \(was 0\.001\)")
+        with other if rate == 1e-2 else contextlib.nullcontext():
+            trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"), trial={"learning_rate": rate})
+            assert trainer.state.global_step == 3
 
 
 def test_a_signal_after_the_last_step_loses_nothing(tmp_path):

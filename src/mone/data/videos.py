@@ -110,7 +110,7 @@ def make_video_transforms(
     video_processor: MoNEViViTVideoProcessor,
     *,
     train: bool,
-    num_clips: int = 1,
+    num_clips: int | None = None,
     flip: bool = True,
     scale_jitter: tuple[float, float] = (1.0, 1.0),
     color_jitter: float = 0.0,
@@ -127,7 +127,7 @@ def make_video_transforms(
         video_processor: the model's. It makes the clips of an evaluation, so that these are what a pipeline sees;
             training takes its sampling, sizes and normalisation.
         train: a clip at a random time and place, augmented as below.
-        num_clips: of a video in evaluation, with linearly spaced starts (paper: 8).
+        num_clips: of a video in evaluation, with linearly spaced starts; default: the processor's `clips_to_average`.
         flip: mirror half of the training clips.
         scale_jitter: smallest and largest factor of the size to which training frames are resized before the crop.
         color_jitter: probability to change brightness, contrast, saturation and hue.
@@ -146,6 +146,7 @@ def make_video_transforms(
             raise ValueError(f"{name}={value} must be a probability in [0, 1].")
     distort = randaugment(randaugment_layers, randaugment_magnitude)
     if not train:
+        num_clips = video_processor.clips_to_average if num_clips is None else num_clips
         check_num_clips(num_clips, video_processor.do_sample_frames, video_processor.sampling)
         return functools.partial(_read_clips, video_processor, num_clips=num_clips)
 

@@ -147,7 +147,7 @@ def parse_arguments(argv: list[str], *classes: type) -> tuple:
     parser = HfArgumentParser((*classes, MoNETrainingArguments), allow_abbrev=False)
     of_file = None
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        settings = _read_settings(argv[0], {f.name for c in parser.dataclass_types for f in dataclasses.fields(c)})
+        settings = _read_settings(argv[0], {f.name: f for c in parser.dataclass_types for f in dataclasses.fields(c)})
         of_file = settings.pop("config_overrides", None)
         argv = [*_as_options(settings), *argv[1:]]
     parsed = parser.parse_args_into_dataclasses(argv)
@@ -165,15 +165,17 @@ def parse_arguments(argv: list[str], *classes: type) -> tuple:
     return parsed
 
 
-def _read_settings(path: str, known: Iterable[str]) -> dict:
+def _read_settings(path: str, known: dict[str, dataclasses.Field]) -> dict:
     """The options of a JSON or YAML file."""
     text = Path(path).read_text(encoding="utf-8")
     settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold options, `name: value`.")
-    for name in settings:
+    for name, value in settings.items():
         if name not in known:
             raise ValueError(f"{path}: {name!r} is not an option.{_hint(str(name), known)}")
+        if value == [] and known[name].default_factory is not list:  # else it is the default
+            raise ValueError(f"{path}: {name} is an empty list: give it values, or leave it out.")
     return settings
 
 

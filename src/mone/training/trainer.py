@@ -273,6 +273,12 @@ class MoNETrainer(Trainer):
         args.max_steps = steps
         return super().set_initial_training_values(args, dataloader)
 
+    def _hp_search_setup(self, trial):
+        """As Trainer's, after which a trial's settings are known, and before weights are loaded that may not fit."""
+        super()._hp_search_setup(trial)
+        if self._resumed_from is not None:
+            check_settings(self._resumed_from, self._settings())
+
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args):
         """As Trainer's, which would take one step more where a run took its last one inside an epoch."""
         place = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
@@ -325,8 +331,7 @@ class MoNETrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            check_settings(resume_from_checkpoint, self._settings())  # before weights that may not fit
+        self._resumed_from = resume_from_checkpoint or None
         try:
             with self._interruption:
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
