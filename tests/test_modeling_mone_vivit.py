@@ -244,7 +244,8 @@ def test_auto_classes_load_a_saved_folder(tmp_path):
     [
         ((2, 5, 3, 16, 16), r"\(2, 5, 3, 16, 16\); expected \(batch, 4, 3, 16, 16\)"),
         ((2, 4, 1, 16, 16), r"expected \(batch, 4, 3, 16, 16\)"),
-        ((2, 3, 16, 16), r"expected \(batch, 4, 3, 16, 16\)"),
+        ((2, 3, 16, 16), r"expected \(batch, 4, 3, 16, 16\)\.$"),
+        ((2, 8, 4, 3, 16, 16), r"expected \(batch, 4, 3, 16, 16\)\. Average the logits of several clips"),
         ((2, 4, 3, 16, 12), r"16x12 differs from the model's 16x16"),
     ],
 )
