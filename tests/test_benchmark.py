@@ -290,14 +290,12 @@ def test_the_environment_is_named():
     assert facts["machine"]
 
 
-def test_what_cannot_end_well_does_not_begin(tmp_path, capsys, monkeypatch):
+def test_what_cannot_end_well_does_not_begin(tmp_path, capsys, monkeypatch, request):
     monkeypatch.setattr(script, "measure", lambda *args, **kwargs: pytest.fail("it had begun"))
     with pytest.raises(SystemExit):
         script.main(["--rounds", "0"])
     assert "--rounds 0 must be at least 1" in capsys.readouterr().err
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    request.getfixturevalue("without_matplotlib")
     with pytest.raises(ImportError, match="pip install matplotlib"):
         script.main(["--output_dir", str(tmp_path)])
 

@@ -89,16 +89,11 @@ def test_plot_refuses_missing_rows_and_keys():
 # --- matplotlib -----------------------------------------------------------------------------------------------------
 
 
-def test_pyplot_is_not_used(monkeypatch, tmp_path):
-    """It keeps every figure until closed, and picks a backend, which may want a display."""
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
+def test_pyplot_is_not_used(without_pyplot, tmp_path):
     plot_accuracy_against_compute(make_rows(), tmp_path / "curve.png")
 
 
-def test_missing_matplotlib_is_explained(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_missing_matplotlib_is_explained(without_matplotlib):
     importlib.reload(sys.modules["mone.plots"])  # still imports
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_accuracy_against_compute(make_rows())

@@ -735,18 +735,13 @@ def test_destination_is_checked_before_the_video_is_read(tmp_path):
 # --- matplotlib -----------------------------------------------------------------------------------------------------
 
 
-def test_pyplot_is_not_used(monkeypatch, tmp_path):
-    """It keeps every figure until closed, and picks a backend, which may want a display."""
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it fails
+def test_pyplot_is_not_used(without_pyplot, tmp_path):
     draw_routed_tokens(make_model(), make_processor(), make_images(1), [0.5], tmp_path / "tokens.png")
     draw_routed_video(make_video_model(), make_video_processor(), make_video(), [0.5], tmp_path / "video.png")
     write_routed_video(make_video_model(), make_video_processor(), make_video(), [0.5], tmp_path / "video.mp4")
 
 
-def test_missing_matplotlib_is_explained(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_missing_matplotlib_is_explained(without_matplotlib):
     importlib.reload(sys.modules["mone.visualization"])  # still imports
     with pytest.raises(ImportError, match="pip install matplotlib"):
         draw_routed_tokens(make_model(), make_processor(), make_images(1), [0.5])

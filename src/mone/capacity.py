@@ -231,7 +231,7 @@ def _check_effective_capacity(value: object, num_experts: int) -> float:
 
 def as_number(value: object) -> float | None:
     """`value` as a finite float, or None where it is not a real number (bool and NaN are not)."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+    if not _is_real(value):
         return None
     try:
         number = float(value)
@@ -243,5 +243,9 @@ def as_number(value: object) -> float | None:
 def check_number(**named: object) -> None:
     """Raise TypeError, which names it, for what is no real number. Infinity and NaN are some."""
     for name, value in named.items():
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        if not _is_real(value):
             raise TypeError(f"{name}={value!r} must be a number.")
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))

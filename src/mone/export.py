@@ -305,11 +305,8 @@ def export_onnx(
         if not isinstance(processor, (BaseImageProcessor, BaseVideoProcessor)):
             raise TypeError(f"processor={processor!r} must be an image or video processor.")
         metadata["processor"] = processor.to_json_string()
-    if processor is not None and processor.do_normalize:
-        metadata |= {
-            name: json.dumps(np.broadcast_to(getattr(processor, name), config.num_channels).tolist())
-            for name in ("image_mean", "image_std")
-        }
+        for name in ("image_mean", "image_std") if processor.do_normalize else ():
+            metadata[name] = json.dumps(np.broadcast_to(getattr(processor, name), config.num_channels).tolist())
 
     def check(file: Path) -> None:
         example = example_input(config, 3).to(model.device)

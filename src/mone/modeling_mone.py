@@ -433,12 +433,13 @@ def nested_encoder(
     Raises:
         ValueError: `config.router_type` was changed after the routers were made.
     """
-    made_as = {router.router_type for router in routers}
-    if made_as - {config.router_type}:
-        raise ValueError(
-            f"config.router_type={config.router_type!r}, but this model's routers are {made_as.pop()!r}: another kind "
-            f"takes from_pretrained(..., router_type={config.router_type!r}, ignore_mismatched_sizes=True)."
-        )
+    for router in routers:
+        if router.router_type != config.router_type:
+            raise ValueError(
+                f"config.router_type={config.router_type!r}, but this model's routers are {router.router_type!r}: "
+                f"another kind takes from_pretrained(..., router_type={config.router_type!r}, "
+                "ignore_mismatched_sizes=True)."
+            )
     routers = dict(zip(config.router_layers, routers, strict=True)) if len(routers) else {}
     batch = hidden_states.shape[0]
     slices = ((0, batch, config.hidden_size),)

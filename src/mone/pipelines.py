@@ -35,23 +35,6 @@ class CapacityMixin:
 
     input_axes = 3  # of an image, or a video, as an array
 
-    def preprocess(self, item, *args, **kwargs):
-        """As the stock pipelines', which make images of more than 8 bits black and white and do not name a bad URL.
-
-        Of a URL the bits are not known here.
-        """
-        if not self._takes_capacity():
-            return super().preprocess(item, *args, **kwargs)
-        if isinstance(item, str) and os.path.isfile(item):
-            with PIL.Image.open(item) as image:  # its header only
-                check_bit_depth(image.mode, item)
-        elif isinstance(item, PIL.Image.Image):
-            check_bit_depth(item.mode, "the image")
-        try:
-            return super().preprocess(item, *args, **kwargs)
-        except (httpx.HTTPError, PIL.UnidentifiedImageError) as error:
-            raise ValueError(f"{item}: no image could be loaded from there ({error}).") from error
-
     def __call__(self, inputs, **kwargs):
         if self._takes_capacity() and getattr(inputs, "ndim", 0) == self.input_axes + 1:
             inputs = list(inputs)  # a batch, of which the stock call would return the first result
@@ -84,7 +67,24 @@ class CapacityMixin:
         self.model.config.resolve_capacity(capacity)
 
 
-class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline):
+class ImageMixin(CapacityMixin):
+    """Adds what the stock image pipelines, which make images of more than 8 bits black and white, do not say."""
+
+    def preprocess(self, image, *args, **kwargs):
+        if not self._takes_capacity():
+            return super().preprocess(image, *args, **kwargs)
+        name = image if isinstance(image, str) else "the image"
+        if isinstance(image, str) and os.path.isfile(image):
+            image = PIL.Image.open(image)
+        if isinstance(image, PIL.Image.Image):  # of a URL the bits are not known here
+            check_bit_depth(image.mode, name)
+        try:
+            return super().preprocess(image, *args, **kwargs)
+        except (httpx.HTTPError, PIL.UnidentifiedImageError) as error:
+            raise ValueError(f"{name}: no image could be loaded from there ({error}).") from error
+
+
+class MoNEImageClassificationPipeline(ImageMixin, ImageClassificationPipeline):
     """transformers' image-classification pipeline with a `capacity` argument, at construction and per call.
 
     Args:
@@ -102,7 +102,7 @@ class MoNEImageClassificationPipeline(CapacityMixin, ImageClassificationPipeline
     """
 
 
-class MoNEImageFeatureExtractionPipeline(CapacityMixin, ImageFeatureExtractionPipeline):
+class MoNEImageFeatureExtractionPipeline(ImageMixin, ImageFeatureExtractionPipeline):
     """transformers' image-feature-extraction pipeline with a `capacity` argument, at construction and per call.
 
     Args:
