@@ -34,6 +34,8 @@ SETTINGS = [
     *("--learning_rate", "1e-2", "--adam_epsilon", "1e-3", "--lr_scheduler_type", "constant"),
     *("--capacity_schedule", "uniform", "--report_to", "none", "--disable_tqdm", "true"),
 ]
+# The last batch of two processes is filled up.
+EVALUATION = ["--do_eval", "--eval_capacities", "0.3", "1.0", "--per_device_eval_batch_size", "24"]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def largest_difference(output: Path, other: Path, rank: int = 0) -> float:
 @pytest.fixture(scope="module")
 def one_process(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("one")
-    run(None, output, *data, "--max_steps", "6", "--save_strategy", "no")
+    run(None, output, *data, "--max_steps", "6", "--save_strategy", "no", *EVALUATION, "--validation_file", data[1])
     return output
 
 
@@ -139,8 +141,13 @@ def check_equal(output: Path, expected: Path, sharded: bool) -> None:
 
 
 def test_two_processes_equal_one(data, one_process, tmp_path):
-    run("ddp.yaml", tmp_path, *data, "--max_steps", "6", "--save_strategy", "no")
+    options = ["--max_steps", "6", "--save_strategy", "no", *EVALUATION, "--validation_file", data[1]]
+    run("ddp.yaml", tmp_path, *data, *options)
     check_equal(tmp_path, one_process, sharded=False)
+    ours, theirs = (json.loads((folder / "eval_results.json").read_text()) for folder in (tmp_path, one_process))
+    for key in ("eval_capacity_0.3_loss", "eval_capacity_1_loss", "eval_capacity_0.3_accuracy", "eval_accuracy"):
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-5)
+    assert ours["eval_capacity_0.3_loss"] != pytest.approx(ours["eval_capacity_1_loss"], abs=1e-4)
 
 
 @pytest.mark.slow

@@ -156,6 +156,102 @@ def test_evaluation_at_several_capacities(tmp_path):
     assert seen == [0.3], "a later prediction must not run at the last capacity, nor at the config's first"
 
 
+class OverBatches:
+    """Metrics of Trainer's `batch_eval_metrics`, which gather batches until they are asked for a result."""
+
+    def __init__(self):
+        self.logits = []
+
+    def __call__(self, prediction, compute_result=True):
+        self.logits.append(torch.as_tensor(prediction.predictions))
+        if compute_result:
+            logits, self.logits = torch.cat(self.logits), []
+            return {"examples": len(logits), "logit": logits.abs().mean()}
+
+
+def describe(prediction) -> dict:
+    """All that Trainer may hand to metrics, in numbers that tell it apart."""
+    parts = [prediction.predictions, prediction.label_ids, prediction.inputs, prediction.losses]
+    parts = [np.concatenate(part) if isinstance(part, list) else part for part in parts]
+    return {str(i): np.abs(part).sum() for i, part in enumerate(parts) if part is not None} | {"classes": ["a", "b"]}
+
+
+def hidden_states(prediction) -> dict:
+    return {"hidden": float(np.abs(prediction.predictions[1][1]).sum())}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options"),
+    [
+        (None, {}),
+        (None, {"eval_do_concat_batches": False}),
+        (describe, {}),
+        (describe, {"include_for_metrics": ["loss", "inputs"]}),
+        (describe, {"include_for_metrics": ["loss"], "eval_do_concat_batches": False}),
+        (describe, {"include_for_metrics": ["loss"], "eval_accumulation_steps": 1}),
+        (describe, {"prediction_loss_only": True}),
+        (hidden_states, {}),
+        (OverBatches(), {"batch_eval_metrics": True}),
+    ],
+    ids=lambda value: getattr(value, "__name__", "over_batches" if isinstance(value, OverBatches) else str(value)),
+)
+def test_capacities_evaluated_together_have_the_metrics_of_each(tmp_path, metrics, options):
+    model = tiny_model(initializer_range=0.3, output_hidden_states=metrics is hidden_states)
+    capacities, size = [0.2, 0.5, 1.0], {"per_device_eval_batch_size": 3}
+    trainer = make_trainer(tmp_path, model, evaluation=rows(8), eval_capacities=capacities, **size)
+    trainer.compute_metrics = metrics
+    for name, value in options.items():
+        setattr(trainer.args, name, value)
+    if metrics is not hidden_states:
+        trainer.preprocess_logits_for_metrics = lambda logits, labels: logits + labels[:, None]
+    together = trainer.evaluate()
+    seen = []
+    for capacity in capacities:
+        alone = trainer.evaluate(capacity=capacity)
+        for key in (key for key in alone if "_per_second" not in key and "time" not in key and key != "epoch"):
+            found = together[f"eval_capacity_{capacity:g}_{key.removeprefix('eval_')}"]
+            assert found == (alone[key] if isinstance(found, list) else pytest.approx(alone[key], rel=1e-6)), key
+        measures = metrics is not None and not options.get("prediction_loss_only")
+        assert measures == any(key.startswith(("eval_0", "eval_hidden", "eval_logit")) for key in alone)
+        seen.append(alone["eval_loss"])
+    assert together["eval_loss"] == pytest.approx(np.mean(seen)) and len(set(seen)) == 3
+    assert together["eval_samples_per_second"] > 0
+    assert trainer.compute_metrics is metrics, "the trainer has its own again"
+
+
+def test_examples_are_read_once_for_all_capacities(tmp_path):
+    read = []
+
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            read.append(index)
+            return rows(5)[index]
+
+    trainer = make_trainer(tmp_path, evaluation=Examples(), eval_capacities=[0.2, 0.5, 1.0])
+    seen = record_capacities(trainer.model)
+    trainer.evaluate()
+    assert sorted(read) == list(range(5)) and set(seen) == {0.2, 0.5, 1.0}
+    unlabelled = [{"pixel_values": row["pixel_values"]} for row in rows(3)]
+    assert not any("loss" in key for key in trainer.evaluate(unlabelled))
+    assert len(trainer.predict(rows(3)).predictions) == 3, "a prediction after it is at one capacity"
+
+
+def test_metrics_that_fail_leave_the_trainer_as_it_was(tmp_path):
+    trainer = make_trainer(tmp_path, eval_capacities=[0.2, 1.0])
+
+    def metrics(prediction):
+        raise RuntimeError("no metrics")
+
+    trainer.compute_metrics = metrics
+    with pytest.raises(RuntimeError, match="no metrics"):
+        trainer.evaluate()
+    trainer.compute_metrics = lambda prediction: {"count": len(prediction.predictions)}
+    assert trainer.evaluate(capacity=0.2)["eval_count"] == len(trainer.eval_dataset)
+
+
 def test_several_evaluation_sets(tmp_path):
     trainer = make_trainer(tmp_path, evaluation={"a": rows(4), "b": rows(8)}, eval_capacities=[0.2, 1.0])
     metrics = trainer.evaluate()

@@ -47,6 +47,7 @@ from .resumption import (
     writing_checkpoint,
 )
 from .schedules import CapacitySchedule, capacity_range, is_dense, steps_for_budget
+from .shared_pass import SharedPass
 from .signals import Interruption, protect_workers
 from .statistics import StepStatistics
 from .zero import local_shard, project_zero_alpha_
@@ -133,7 +134,7 @@ class MoNETrainer(Trainer):
                 "for the optimiser that the trainer makes: give yours such groups, or pass optimizer_cls_and_kwargs."
             )
         self.schedule = self._make_schedule(anneal_steps=0)
-        self._eval_capacity = None
+        self._eval_capacity, self._shared_pass = None, None
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
         self.label_smoother = None
         self.teacher, self._teacher_logits = None, None
@@ -478,9 +479,15 @@ class MoNETrainer(Trainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def prediction_step(self, model, inputs, *args, **kwargs):
-        capacity = self.capacity if self._eval_capacity is None else self._eval_capacity
-        return super().prediction_step(model, {**inputs, "capacity": capacity}, *args, **kwargs)
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        def predict(capacity):
+            step = super(MoNETrainer, self).prediction_step
+            return step(model, {**inputs, "capacity": capacity}, prediction_loss_only, ignore_keys)
+
+        if self._shared_pass is None:
+            return predict(self.capacity if self._eval_capacity is None else self._eval_capacity)
+        inputs = self._prepare_inputs(inputs)
+        return self._shared_pass.join([predict(capacity) for capacity in self._shared_pass.capacities])
 
     @contextlib.contextmanager
     def _evaluating_at(self, capacity):
@@ -509,7 +516,8 @@ class MoNETrainer(Trainer):
         """As Trainer's, at one `capacity`, or without it at `args.eval_capacities` (default: at `args.capacity`).
 
         With several capacities the metrics of each are named `{prefix}_capacity_{capacity:g}_...`, and
-        `{prefix}_loss`, `{prefix}_accuracy`, ... are their means, by which the best checkpoint is chosen.
+        `{prefix}_loss`, `{prefix}_accuracy`, ... are their means, by which the best checkpoint is chosen. Examples are
+        read once for all of them; `{prefix}_runtime` and what is per second are of the whole.
 
         Raises:
             ValueError: a capacity that is not allowed.
@@ -525,33 +533,54 @@ class MoNETrainer(Trainer):
                 return self._evaluate_capacities(loader, ignore_keys, metric_key_prefix)
 
     def _evaluate_capacities(self, loader, ignore_keys, metric_key_prefix) -> dict[str, float]:
+        capacities, start = self.args.eval_capacities, time.time()
+        # Metrics that gather batches themselves cannot tell capacities apart: these have a pass each.
+        passes = [[capacity] for capacity in capacities] if self.args.batch_eval_metrics else [capacities]
         metrics, values = {}, {}
-        for capacity in self.args.eval_capacities:
-            prefix = f"{metric_key_prefix}_capacity_{capacity:g}"
-            start = time.time()
-            with self._evaluating_at(capacity):
+        for some in passes:
+            with self._evaluating_together(some):
                 output = self.evaluation_loop(
                     loader,
-                    description=f"Evaluation at capacity {capacity:g}",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    description=f"Evaluation at {', '.join(f'{capacity:g}' for capacity in some)}",
+                    prediction_loss_only=False,  # of labels, too
                     ignore_keys=ignore_keys,
-                    metric_key_prefix=prefix,
+                    metric_key_prefix=metric_key_prefix,
                 )
-            for key, value in output.metrics.items():
-                values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
-            metrics.update(output.metrics)
-            metrics.update(speed_metrics(prefix, start, num_samples=output.num_samples))
-        metrics.update(
-            {
-                key: sum(entries) / len(entries)
-                for key, entries in values.items()
-                if all(isinstance(entry, numbers.Real) for entry in entries)
-            }
-        )
+            metrics |= output.metrics
+        for capacity in capacities:
+            prefix = f"{metric_key_prefix}_capacity_{capacity:g}"
+            for key, value in metrics.items():
+                if key.startswith(f"{prefix}_"):
+                    values.setdefault(metric_key_prefix + key.removeprefix(prefix), []).append(value)
+        metrics |= {
+            key: sum(entries) / len(entries)
+            for key, entries in values.items()
+            if all(isinstance(entry, numbers.Real) for entry in entries)
+        }
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=output.num_samples)
         # Once for all capacities: callbacks such as early stopping look for the means.
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    @contextlib.contextmanager
+    def _evaluating_together(self, capacities):
+        """Have Trainer's evaluation loop run each batch at these capacities."""
+        before = self.compute_metrics, self.preprocess_logits_for_metrics
+        self._shared_pass = SharedPass(
+            capacities,
+            None if self.args.prediction_loss_only else self.compute_metrics,
+            self.preprocess_logits_for_metrics,
+            passes_losses="loss" in self.args.include_for_metrics,
+            filters_losses=self.args.logging_nan_inf_filter,
+        )
+        self.compute_metrics = self._shared_pass.compute_metrics
+        self.preprocess_logits_for_metrics = self._shared_pass.preprocess_logits
+        try:
+            yield
+        finally:
+            self._shared_pass = None
+            self.compute_metrics, self.preprocess_logits_for_metrics = before
 
     def _determine_best_metric(self, metrics, trial):
         # After which Trainer saves the best alone, where a signal asked for a checkpoint.
