@@ -114,7 +114,6 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
 
     if checkpoint is None:
         model = MoNEForImageClassification(MoNEConfig(**fields))
-        start_classifier(model, model_args.head_bias)
         height, width = as_pair(model.config.image_size)
         processor = ViTImageProcessor(size={"height": height, "width": width})
     else:
@@ -124,6 +123,7 @@ def load(model_args: ImageModelArguments, data_args: ImageArguments, training_ar
             check_untrained(model)
         if not training_args.do_train:
             check_classifier(model, checkpoint)
+    start_classifier(model, model_args.head_bias, checkpoint)
     size = as_pair(model.config.image_size)
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)

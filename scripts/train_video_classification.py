@@ -143,8 +143,7 @@ def load(model_args: VideoModelArguments, data_args: VideoArguments, training_ar
     else:
         model = MoNEViViTForVideoClassification(MoNEViViTConfig(**labels, **overrides))
 
-    if not checkpoint:
-        start_classifier(model, model_args.head_bias)
+    start_classifier(model, model_args.head_bias, checkpoint)
     options = {"sampling": data_args.sampling, "frame_sampling_rate": data_args.frame_sampling_rate}
     options["evaluation_clips"] = data_args.num_clips
     options = {name: value for name, value in options.items() if value is not None}

@@ -509,6 +509,26 @@ def test_attentions_of_sdpa_are_left_out_as_vits_are():
     assert not actual.attentions and not expected.attentions
 
 
+@pytest.mark.parametrize("capacity", [0.4, 1.0])
+def test_gradients_of_gradients(capacity):
+    """As for a penalty on the gradients of the input, by finite differences of the first derivatives."""
+    model = make_model(attn_implementation="eager", router_layers=(1,)).double()
+    name = "mone.layers.2.mlp.fc1.weight"
+    pixel_values = make_images(1).double().requires_grad_()
+
+    def penalty(weight):
+        output = torch.func.functional_call(model, {name: weight}, (pixel_values,), {"capacity": capacity})
+        loss = output.logits.square().sum()
+        return torch.autograd.grad(loss, pixel_values, create_graph=True)[0].square().sum()
+
+    weight = model.get_parameter(name).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(penalty(weight), weight)
+    direction = torch.randn_like(weight)
+    steps = [penalty((weight + sign * 1e-4 * direction).detach().requires_grad_()).item() for sign in (1, -1)]
+    # transformers' eager attention has its softmax in float32
+    assert (gradient * direction).sum().item() == pytest.approx((steps[0] - steps[1]) / 2e-4, rel=1e-3)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("router_type", ["learned", "random"])
 def test_gradient_checkpointing_changes_no_gradient(router_type, use_reentrant):

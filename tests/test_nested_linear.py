@@ -14,6 +14,7 @@ from mone.nested_linear import (
     blocks,
     groups,
     lay_out_for_inference,
+    nested_in,
     nested_in_together,
 )
 from mone.packed_linear import PackedLinear
@@ -74,6 +75,43 @@ def test_products_and_gradients_equal_a_loop_over_tokens(kind, slices, batch, bi
     wanted = torch.autograd.grad(expected, inputs, direction)
     for have, want in zip(torch.autograd.grad(y, inputs, direction), wanted, strict=True):
         torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("after_gelu", [False, True])
+@pytest.mark.parametrize("slices", [ALL, ((0, 10, 4),)], ids=str)
+def test_gradients_of_gradients_are_autograds(slices, after_gelu):
+    """They were silently wrong where `torch.autograd.grad` names what it differentiates by."""
+    torch.manual_seed(0)
+    module = NestedOut(OTHER, D).double()
+    names = dict(module.named_parameters())
+
+    def block(x, weight, bias, out_weight, out_bias):
+        hidden = nested_in(x, weight, bias, slices)
+        parameters = {"weight": out_weight, "bias": out_bias}
+        return torch.func.functional_call(module, parameters, (hidden, slices, after_gelu))
+
+    shapes = [(10, 2, D), (OTHER, D), (OTHER,), *(names[name].shape for name in ("weight", "bias"))]
+    operands = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(block, operands, fast_mode=True)
+    assert torch.autograd.gradgradcheck(block, operands, fast_mode=True)
+
+    first = torch.autograd.grad(block(*operands).square().sum(), operands)
+    again = torch.autograd.grad(block(*operands).square().sum(), operands, create_graph=True)
+    assert all(torch.allclose(a, b) for a, b in zip(first, again, strict=True))
+    frozen = [operand.detach().requires_grad_(place == 0) for place, operand in enumerate(operands)]
+    (gradient,) = torch.autograd.grad(block(*frozen).square().sum(), frozen[:1], create_graph=True)
+    assert torch.allclose(gradient, first[0]) and gradient.requires_grad
+
+
+def test_a_weight_that_also_made_the_input_gets_its_own_gradient_once():
+    torch.manual_seed(0)
+    weight = torch.randn(D, D, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(10, 2, D, dtype=torch.float64)
+
+    def twice(weight):
+        return nested_in(nested_in(tokens, weight, None, ALL), weight, None, ALL)
+
+    assert torch.autograd.gradgradcheck(twice, [weight], fast_mode=True)
 
 
 def test_frozen_operands_get_no_gradient(sharing):

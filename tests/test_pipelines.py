@@ -259,6 +259,11 @@ class TestErrors:
             with pytest.raises(ValueError, match=rf"{name} has mode 'I;16', grey levels of more than 8 bits"):
                 pipe(item)
 
+    def test_a_file_without_an_image_is_named(self, folder, images, tmp_path):
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=r"broken\.png: no image could be loaded from there"):
+            make_pipeline(model=folder)([images[0], str(tmp_path / "broken.png")], batch_size=2)
+
     def test_a_url_without_an_image_is_named(self, folder, images, urls):
         """Among others in a batch, whose own errors do not say which one it was."""
         missing, closed = urls[0].replace("/0.png", "/no.png"), "http://127.0.0.1:1/0.png"

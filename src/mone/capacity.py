@@ -58,8 +58,8 @@ def solve_capacity_distribution(
         beta: weight of the entropy, greater than 0. Smaller values are less uniform.
 
     Returns:
-        E shares, smallest expert first, that sum to 1. Cached. Within 1e-6 of the optimum at the
-        default `delta` and `beta`, for up to eight experts.
+        E shares, smallest expert first, that sum to 1. Cached. Within 1e-6 of the optimum at the default `delta` and
+        `beta` for up to six experts; with more, shares at a few small capacities may be off by some 1e-3.
 
     Raises:
         ValueError: if an argument is out of range.

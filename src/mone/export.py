@@ -254,7 +254,8 @@ def export_program(
 
     Raises:
         TypeError: a model without a classifier.
-        ValueError: a capacity that is not allowed, a random or arg-max router, or a model in training mode.
+        ValueError: a capacity that is not allowed, a random or arg-max router, a model in training mode, projections
+            with hooks or adapters.
     """
     module = ExportForm(model, capacity, router_outputs).eval()
     example = example_input(model.config).to(model.device, model.dtype)
@@ -286,7 +287,8 @@ def export_onnx(
         processor: the model's image or video processor, for the metadata.
 
     Raises:
-        TypeError, ValueError: as [`export_program`]; a model that is not in float32.
+        TypeError, ValueError: as [`export_program`]; a model that is not in float32, a processor of another kind.
+        IsADirectoryError: `path` is a folder.
         ImportError: without onnx and onnxscript.
         RuntimeError: ONNX Runtime computes something else than the model.
     """

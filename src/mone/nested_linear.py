@@ -15,10 +15,10 @@ of a flattened (N * B, features) matrix.
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import (
     _global_backward_hooks,
     _global_backward_pre_hooks,
@@ -57,17 +57,11 @@ class NestedOut(nn.Linear):
             x: need not be contiguous. This very tensor is kept for the gradients, and no contiguous copy.
             after_gelu: project GELU(x), which is not kept for the gradients but computed again.
         """
-        width = slices[0][2]
         if is_traced() or not is_plain(self.weight):
-            x = nn.functional.gelu(x) if after_gelu else x
-            parts = (
-                (nn.functional.linear(x[start:stop], self.weight[:d], self.bias[:d]), width - d)
-                for start, stop, d in slices
-            )
-            return torch.cat([nn.functional.pad(part, (0, missing)) for part, missing in parts])
+            return _plain_out(x, self.weight, self.bias, slices, after_gelu)
         x, weight, bias = _autocast(x, self.weight, self.bias)
         if not torch.is_grad_enabled():
-            return expand(_projected(x, after_gelu), weight.t(), bias, slices, width)
+            return expand(_projected(x, after_gelu), weight.t(), bias, slices, slices[0][2])
         return _NestedOut.apply(x, weight, bias, slices, after_gelu)
 
 
@@ -78,11 +72,7 @@ def nested_in(
     if len(slices) == 1 and slices[0][2] == weight.shape[1]:
         return nn.functional.linear(x, weight, bias)
     if is_traced() or not is_plain(weight):
-        # Flat, since a product with three axes would copy its operand.
-        parts = (
-            nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), weight[:, :d], bias) for start, stop, d in slices
-        )
-        return torch.cat(list(parts)).unflatten(0, x.shape[:2])
+        return _plain_in(x, weight, bias, slices)
     x, weight, bias = _autocast(x, weight, bias)
     if not torch.is_grad_enabled():
         return contract(x, weight.t(), bias, slices)
@@ -265,6 +255,38 @@ def add_expanded(
     return y
 
 
+# Plain operators: for compilers, for weights that are no ordinary tensors, and for gradients of gradients.
+
+
+def _plain_in(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, slices: tuple[Slice, ...]
+) -> torch.Tensor:
+    # Flat, since a product with three axes would copy its operand.
+    parts = (
+        nn.functional.linear(x[start:stop, :, :d].flatten(0, 1), weight[:, :d], bias) for start, stop, d in slices
+    )
+    return torch.cat(list(parts)).unflatten(0, x.shape[:2])
+
+
+def _plain_out(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, slices: tuple[Slice, ...], after_gelu: bool
+) -> torch.Tensor:
+    x = nn.functional.gelu(x) if after_gelu else x
+    parts = (nn.functional.linear(x[start:stop], weight[:d], bias[:d]) for start, stop, d in slices)
+    return torch.cat([widen(part, slices[0][2]) for part in parts])
+
+
+def _differentiable_gradients(
+    plain: Callable[..., torch.Tensor], ctx, grad: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Of x, weight and bias, by plain operators, which autograd can differentiate again."""
+    # Aliases, so that a weight's gradient is not also what reaches it by way of x.
+    operands = [None if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
+    wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(plain(*operands, *ctx.options), wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+
+
 # Gradients are written by hand for the same reason as the products: autograd would fill a zero tensor of full size for
 # every slice of an operand, and add them all up.
 
@@ -272,25 +294,27 @@ def add_expanded(
 class _NestedIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, slices):
-        ctx.save_for_backward(x, weight)
-        ctx.slices, ctx.has_bias = slices, bias is not None
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = (slices,)
         return contract(x, weight.t(), bias, slices)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(_plain_in, ctx, grad)
+        x, weight, bias = ctx.saved_tensors
+        (slices,) = ctx.options
         grad_x = grad_weight = grad_bias = None
         grad = grad.contiguous()
         if ctx.needs_input_grad[0]:
-            grad_x = expand(grad, weight, None, ctx.slices, x.shape[-1])
+            grad_x = expand(grad, weight, None, slices, x.shape[-1])
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
-            grad_weight[:, ctx.slices[0][2] :].zero_()
+            grad_weight[:, slices[0][2] :].zero_()
             grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
-            for stop, low, high in _feature_bands(ctx.slices, x.shape[1]):
+            for stop, low, high in _feature_bands(slices, x.shape[1]):
                 torch.mm(grads[:stop].t(), inputs[:stop, low:high], out=grad_weight[:, low:high])
-        if ctx.has_bias and ctx.needs_input_grad[2]:
+        if bias is not None and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 1))
         return grad_x, grad_weight, grad_bias, None
 
@@ -298,31 +322,33 @@ class _NestedIn(torch.autograd.Function):
 class _NestedOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, slices, after_gelu):
-        ctx.save_for_backward(x, weight)
-        ctx.slices, ctx.after_gelu = slices, after_gelu
+        ctx.save_for_backward(x, weight, bias)
+        ctx.options = (slices, after_gelu)
         return expand(_projected(x, after_gelu), weight.t(), bias, slices, slices[0][2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(_plain_out, ctx, grad)
+        x, weight, _ = ctx.saved_tensors
+        slices, after_gelu = ctx.options
         grad_x = grad_weight = grad_bias = None
         grad = grad.contiguous()
         grads = grad.flatten(0, 1)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
-            grad_weight[ctx.slices[0][2] :].zero_()
-            inputs = _projected(x, ctx.after_gelu).flatten(0, 1)
-            for stop, low, high in _feature_bands(ctx.slices, x.shape[1]):
+            grad_weight[slices[0][2] :].zero_()
+            inputs = _projected(x, after_gelu).flatten(0, 1)
+            for stop, low, high in _feature_bands(slices, x.shape[1]):
                 torch.mm(grads[:stop, low:high].t(), inputs[:stop], out=grad_weight[low:high])
             del inputs
         if ctx.needs_input_grad[0]:
-            grad_x = contract(grad, weight, None, ctx.slices)
-            if ctx.after_gelu:
+            grad_x = contract(grad, weight, None, slices)
+            if after_gelu:
                 torch.ops.aten.gelu_backward.grad_input(grad_x, x, grad_input=grad_x)  # there is no public name
         if ctx.needs_input_grad[2]:
             grad_bias = grads.new_zeros(len(weight))
-            for stop, low, high in _feature_bands(ctx.slices, x.shape[1]):
+            for stop, low, high in _feature_bands(slices, x.shape[1]):
                 torch.sum(grads[:stop, low:high], 0, out=grad_bias[low:high])
         return grad_x, grad_weight, grad_bias, None, None
 

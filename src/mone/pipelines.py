@@ -74,11 +74,11 @@ class ImageMixin(CapacityMixin):
         if not self._takes_capacity():
             return super().preprocess(image, *args, **kwargs)
         name = image if isinstance(image, str) else "the image"
-        if isinstance(image, str) and os.path.isfile(image):
-            image = PIL.Image.open(image)
-        if isinstance(image, PIL.Image.Image):  # of a URL the bits are not known here
-            check_bit_depth(image.mode, name)
         try:
+            if isinstance(image, str) and os.path.isfile(image):
+                image = PIL.Image.open(image)
+            if isinstance(image, PIL.Image.Image):  # of a URL the bits are not known here
+                check_bit_depth(image.mode, name)
             return super().preprocess(image, *args, **kwargs)
         except (httpx.HTTPError, PIL.UnidentifiedImageError) as error:
             raise ValueError(f"{name}: no image could be loaded from there ({error}).") from error
@@ -97,7 +97,7 @@ class MoNEImageClassificationPipeline(ImageMixin, ImageClassificationPipeline):
 
     Raises:
         ValueError: `capacity` is not allowed, which is raised before any image is loaded; an image with grey levels of
-            more than 8 bits; a URL without an image.
+            more than 8 bits, unless it comes by URL or in base64; a file or a URL without an image.
         TypeError: `capacity` for a model that is not MoNE, or an unknown keyword, such as a misspelt one.
     """
 

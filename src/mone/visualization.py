@@ -120,7 +120,7 @@ def draw_routed_tokens(
     Raises:
         ValueError: no image, no capacity, one that is not allowed, an unknown router, images that are neither grey
             nor RGB or not of the model's size, or `predictions` of a model without a classifier.
-        TypeError: a video model.
+        TypeError: a video model, or one that is no MoNE.
         ImportError: without matplotlib.
     """
     config = model.config
@@ -189,7 +189,7 @@ def draw_routed_video(
     Raises:
         ValueError: no capacity, one that is not allowed, an unknown router, a `max_columns` below 1, or a video that
             is not allowed or whose clip does not fit the model.
-        TypeError: an image model, or what is no video.
+        TypeError: an image model, one that is no MoNE, or what is no video.
         VideoDecodeError: a file that cannot be downloaded or decoded.
         ImportError: without matplotlib.
     """

@@ -22,6 +22,14 @@ def test_a_common_prefix_of_the_keys_is_left_away(name, prefix):
     assert expected and all(torch.equal(have[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("name", ["deit", "dinov2", "dinov2 with registers"])
+def test_projections_without_a_bias_show_in_a_state_dict(name):
+    vit = make_vit(name, SIZES | {"qkv_bias": False})
+    model, expected = (mone_from_vit(source, num_attention_heads=4) for source in (vit.state_dict(), vit))
+    assert model.config.qkv_bias is expected.config.qkv_bias is False
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["deit", "vit model", "dinov2", "clip", "siglip vision"])
 def test_the_keys_of_a_state_dict_with_another_prefix_are_listed(name):
     state = {f"encoder_q.{key}": value for key, value in make_vit(name).state_dict().items()}

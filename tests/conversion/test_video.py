@@ -133,6 +133,8 @@ def test_only_an_image_model_becomes_a_video_model():
 def test_names_that_a_video_config_does_not_have():
     with pytest.raises(TypeError, match=r"\['num_frame'\] are no fields of MoNEViViTConfig"):
         mone_vivit_from_mone(image_model(), num_frame=2)
+    with pytest.raises(TypeError, match=r"\['num_frame'\] are no fields of MoNEViViTConfig"):
+        load_video_model("no/such-model", num_frame=2)
 
 
 def test_an_image_model_without_a_head():

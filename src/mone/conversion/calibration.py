@@ -33,7 +33,7 @@ def calibrate(model: MoNEForImageClassification | MoNEModel, pixel_values: torch
             `conversion.calibration_images` reads those of a folder.
 
     Raises:
-        TypeError: a model that is no image model.
+        TypeError: a model that is no image model, or inputs that are no tensor of floats.
         ValueError: no images, or values that are not finite; a model that has a norm in its embeddings (CLIP), or was
             trained as a MoNE: what its small experts and routers have learned would be lost.
     """
@@ -56,7 +56,7 @@ def start_routers(model: MoNEForImageClassification | MoNEModel, pixel_values: t
         pixel_values: (B, C, height, width).
 
     Raises:
-        TypeError: a model that is no image model.
+        TypeError: as [`calibrate`].
         ValueError: as [`calibrate`], but for CLIP.
     """
     check_image_model(model)

@@ -41,7 +41,8 @@ def order_channels(model: MoNEForImageClassification | MoNEModel, pixel_values: 
         (D, D) the rotation, float64.
 
     Raises:
-        TypeError, ValueError: as [`rotate_channels`]; or no images, or values that are not finite.
+        TypeError, ValueError: as [`rotate_channels`]; or inputs that are no tensor of floats, no images, or values
+            that are not finite.
     """
     check_rotatable(model)
     rotation = principal_rotation(read_moments(model, pixel_values))

@@ -71,6 +71,7 @@ def mone_from_vit(
         ValueError: names an architecture that cannot be mapped, and why; lists keys that are missing, have no
             counterpart or another shape; a field that the source states otherwise and weights do not show, such as
             `num_attention_heads`; or a width that is not divisible by 2**(num_experts - 1).
+        OSError: no folder, file or repo on the Hub of that name.
     """
     check_fields(config, MoNEConfig, MoNEViViTConfig)  # before any weights are read
     name = str(source) if isinstance(source, (str, Path)) else f"this {type(source).__name__}"
@@ -140,7 +141,8 @@ def load_image_model(source: str | Path, **options) -> MoNE:
         options: as in [`mone_from_vit`].
 
     Raises:
-        ValueError: as in [`mone_from_vit`]; or if trained routers would come to other layers.
+        TypeError, ValueError, OSError: as in [`mone_from_vit`].
+        ValueError: trained routers would come to other layers.
     """
     return _load_checked(source, check_source(source, **_hub(options)), options)
 

@@ -128,6 +128,6 @@ def infer_config(
         fields["use_swiglu_ffn"] = any("mlp.weights_in" in key or "mlp.gate_proj" in key for key in state)
     else:
         fields["intermediate_size"] = hidden
-    if config_class is ViTConfig:
+    if hasattr(config_class, "qkv_bias"):
         fields["qkv_bias"] = any(key.endswith(("q_proj.bias", "query.bias")) for key in state)
     return config_class(**fields)

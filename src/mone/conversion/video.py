@@ -127,9 +127,11 @@ def load_video_model(
         config: fields of [`MoNEViViTConfig`] to set.
 
     Raises:
-        ValueError: another kind of model; fields that are not allowed; or lists the weights that are missing, too
+        TypeError: for a name that is no field.
+        ValueError: another kind of model; values that are not allowed; or lists the weights that are missing, too
             many or of another shape.
     """
+    check_fields(config, MoNEViViTConfig)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
     before = load_config(source, **hub)
     if before.model_type != "mone_vivit":

@@ -53,7 +53,8 @@ def load_labelled_datasets(
         train_dir, validation_dir: folders that hold one folder per class, in which examples may lie at any depth.
         train_file, validation_file: files that list or hold the examples: paths, patterns (`"train-*.parquet"`), and
             folders, of which all parquet files are taken.
-        validation_split: share of the training examples to hold out where no validation set is given.
+        validation_split: share of the training examples to hold out where no validation set is given; a data set on
+            the Hub that has none but a test set has that for one.
         label_names: the classes, in order, of a model that is only evaluated; by default those of the training set.
         streaming: read parquet files or the Hub while training runs, without a copy of the data in the cache. There is
             no random access then: nothing is held out, and shuffling is by file and in a buffer.

@@ -46,8 +46,8 @@ class ModelArguments:
     head_bias: float | None = field(
         default=None,
         metadata={
-            "help": "Start a new model's classifier with zero weights and this bias, such as -log(classes) for the "
-            "sigmoid loss. Default: random weights."
+            "help": "Start a new classifier with zero weights and this bias, such as -log(classes) for the sigmoid "
+            "loss. Default: random weights in a new model, zeros in one that was made from another or loaded."
         },
     )
     resize: int | None = field(
@@ -92,7 +92,11 @@ class DataArguments:
     )
     validation_file: list[str] = field(default_factory=list, metadata={"help": "The same for validation."})
     validation_split: float = field(
-        default=0.15, metadata={"help": "Share of the training examples held out where no validation set is given."}
+        default=0.15,
+        metadata={
+            "help": "Share of the training examples held out where no validation set is given. Of a data set on the "
+            "Hub that has no validation set, the test set is taken for one."
+        },
     )
     label_column: str | None = field(default=None, metadata={"help": "Default: label or labels."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples only."})

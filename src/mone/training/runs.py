@@ -90,9 +90,11 @@ def label_fields(splits: dict[str, Split], loss: str | None = None) -> dict[str,
     return fields
 
 
-def start_classifier(model: PreTrainedModel, bias: float | None) -> None:
-    """Zero weights and this bias for a new model's classifier; None leaves it as it is."""
-    if bias is not None:
+def start_classifier(model: PreTrainedModel, bias: float | None, checkpoint: str | None) -> None:
+    """Zero weights and this bias for a new classifier; None leaves it, and so does a trained one of `checkpoint`."""
+    if bias is not None and checkpoint is not None and model.classifier.weight.any():
+        logger.warning("head_bias=%s is for a new classifier: %s keeps its own.", bias, checkpoint)
+    elif bias is not None:
         with torch.no_grad():
             model.classifier.weight.zero_()
             model.classifier.bias.fill_(bias)
