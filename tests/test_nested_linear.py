@@ -103,6 +103,19 @@ def test_gradients_of_gradients_are_autograds(slices, after_gelu):
     assert torch.allclose(gradient, first[0]) and gradient.requires_grad
 
 
+@pytest.mark.parametrize("kind", [NestedIn, NestedOut])
+def test_a_bias_may_change_before_the_backward(kind):
+    """No derivative needs it, as of torch's linear layers."""
+    module = kind(D, D)
+    module.weight.requires_grad_(False)
+    x = torch.randn(10, 2, D, requires_grad=True)
+    output = module(x, ALL)
+    with torch.no_grad():
+        module.bias.add_(1.0)
+    output.sum().backward()
+    assert module.bias.grad.any() and x.grad.any()
+
+
 def test_a_weight_that_also_made_the_input_gets_its_own_gradient_once():
     torch.manual_seed(0)
     weight = torch.randn(D, D, dtype=torch.float64, requires_grad=True)

@@ -280,8 +280,9 @@ def _differentiable_gradients(
     plain: Callable[..., torch.Tensor], ctx, grad: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
     """Of x, weight and bias, by plain operators, which autograd can differentiate again."""
-    # Aliases, so that a weight's gradient is not also what reaches it by way of x.
-    operands = [None if operand is None else operand.view_as(operand) for operand in ctx.saved_tensors]
+    # Aliases, so that a weight's gradient is not also what reaches it by way of x. No derivative needs the bias.
+    x, weight = (operand.view_as(operand) for operand in ctx.saved_tensors)
+    operands = (x, weight, weight.new_zeros(len(weight), requires_grad=True))
     wanted = [operand for operand, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(plain(*operands, *ctx.options), wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
@@ -294,7 +295,7 @@ def _differentiable_gradients(
 class _NestedIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, slices):
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
         ctx.options = (slices,)
         return contract(x, weight.t(), bias, slices)
 
@@ -302,7 +303,7 @@ class _NestedIn(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return _differentiable_gradients(_plain_in, ctx, grad)
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         (slices,) = ctx.options
         grad_x = grad_weight = grad_bias = None
         grad = grad.contiguous()
@@ -314,7 +315,7 @@ class _NestedIn(torch.autograd.Function):
             grads, inputs = grad.flatten(0, 1), x.flatten(0, 1)
             for stop, low, high in _feature_bands(slices, x.shape[1]):
                 torch.mm(grads[:stop].t(), inputs[:stop, low:high], out=grad_weight[:, low:high])
-        if bias is not None and ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 1))
         return grad_x, grad_weight, grad_bias, None
 
@@ -322,7 +323,7 @@ class _NestedIn(torch.autograd.Function):
 class _NestedOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, slices, after_gelu):
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x, weight)
         ctx.options = (slices, after_gelu)
         return expand(_projected(x, after_gelu), weight.t(), bias, slices, slices[0][2])
 
@@ -330,7 +331,7 @@ class _NestedOut(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             return _differentiable_gradients(_plain_out, ctx, grad)
-        x, weight, _ = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         slices, after_gelu = ctx.options
         grad_x = grad_weight = grad_bias = None
         grad = grad.contiguous()

@@ -74,13 +74,14 @@ class ImageMixin(CapacityMixin):
         if not self._takes_capacity():
             return super().preprocess(image, *args, **kwargs)
         name = image if isinstance(image, str) else "the image"
+        name = name if len(name) <= 200 else f"{name[:100]}..."  # base64
         try:
             if isinstance(image, str) and os.path.isfile(image):
                 image = PIL.Image.open(image)
             if isinstance(image, PIL.Image.Image):  # of a URL the bits are not known here
                 check_bit_depth(image.mode, name)
             return super().preprocess(image, *args, **kwargs)
-        except (httpx.HTTPError, PIL.UnidentifiedImageError) as error:
+        except (httpx.HTTPError, OSError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"{name}: no image could be loaded from there ({error}).") from error
 
 

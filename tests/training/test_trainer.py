@@ -163,17 +163,22 @@ class OverBatches:
         self.logits = []
 
     def __call__(self, prediction, compute_result=True):
+        assert isinstance(prediction.losses, torch.Tensor) and len(prediction.losses) == len(prediction.predictions)
         self.logits.append(torch.as_tensor(prediction.predictions))
         if compute_result:
             logits, self.logits = torch.cat(self.logits), []
-            return {"examples": len(logits), "logit": logits.abs().mean()}
+            return {"examples": len(logits), "logit": logits.abs().mean(), "last": prediction.losses.sum().item()}
 
 
 def describe(prediction) -> dict:
     """All that Trainer may hand to metrics, in numbers that tell it apart."""
     parts = [prediction.predictions, prediction.label_ids, prediction.inputs, prediction.losses]
+    metrics = {"classes": [type(part).__name__ for part in parts], "lengths": [len(part) for part in parts[:2]]}
     parts = [np.concatenate(part) if isinstance(part, list) else part for part in parts]
-    return {str(i): np.abs(part).sum() for i, part in enumerate(parts) if part is not None} | {"classes": ["a", "b"]}
+    metrics |= {str(i): float(np.abs(part).sum()) for i, part in enumerate(parts) if part is not None}
+    for labels in prediction.label_ids if isinstance(prediction.label_ids, list) else [prediction.label_ids]:
+        labels[:] = 0  # of no other capacity
+    return metrics
 
 
 def hidden_states(prediction) -> dict:
@@ -191,7 +196,7 @@ def hidden_states(prediction) -> dict:
         (describe, {"include_for_metrics": ["loss"], "eval_accumulation_steps": 1}),
         (describe, {"prediction_loss_only": True}),
         (hidden_states, {}),
-        (OverBatches(), {"batch_eval_metrics": True}),
+        (OverBatches(), {"batch_eval_metrics": True, "include_for_metrics": ["loss"]}),
     ],
     ids=lambda value: getattr(value, "__name__", "over_batches" if isinstance(value, OverBatches) else str(value)),
 )
@@ -237,6 +242,30 @@ def test_examples_are_read_once_for_all_capacities(tmp_path):
     unlabelled = [{"pixel_values": row["pixel_values"]} for row in rows(3)]
     assert not any("loss" in key for key in trainer.evaluate(unlabelled))
     assert len(trainer.predict(rows(3)).predictions) == 3, "a prediction after it is at one capacity"
+
+
+def test_a_prediction_step_and_metrics_of_ones_own(tmp_path):
+    """Each sees one capacity, and metrics may predict."""
+
+    class Own(MoNETrainer):
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return loss, logits.argmax(-1), labels
+
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    trainer = Own(tiny_model(), MoNETrainingArguments(**args, eval_capacities=[0.2, 1.0]), eval_dataset=rows(9))
+    shapes = []
+
+    def metrics(prediction):
+        if len(prediction.predictions) == 9:
+            shapes.append((prediction.predictions.shape, trainer.predict(rows(3)).predictions.shape))
+        return {"count": len(prediction.predictions)}
+
+    trainer.compute_metrics = metrics
+    seen = record_capacities(trainer.model)
+    measured = trainer.evaluate(metric_key_prefix="capacity")
+    assert shapes == [((9,), (3,))] * 2 and seen[-2:] == [0.2, 1.0]
+    assert measured["capacity_capacity_0.2_count"] == measured["capacity_count"] == 9
 
 
 def test_metrics_that_fail_leave_the_trainer_as_it_was(tmp_path):

@@ -134,7 +134,7 @@ class MoNETrainer(Trainer):
                 "for the optimiser that the trainer makes: give yours such groups, or pass optimizer_cls_and_kwargs."
             )
         self.schedule = self._make_schedule(anneal_steps=0)
-        self._eval_capacity, self._shared_pass = None, None
+        self._eval_capacity = None
         # Trainer's would also smooth the labels of evaluation, and does not know mixed ones.
         self.label_smoother = None
         self.teacher, self._teacher_logits = None, None
@@ -479,15 +479,9 @@ class MoNETrainer(Trainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        def predict(capacity):
-            step = super(MoNETrainer, self).prediction_step
-            return step(model, {**inputs, "capacity": capacity}, prediction_loss_only, ignore_keys)
-
-        if self._shared_pass is None:
-            return predict(self.capacity if self._eval_capacity is None else self._eval_capacity)
-        inputs = self._prepare_inputs(inputs)
-        return self._shared_pass.join([predict(capacity) for capacity in self._shared_pass.capacities])
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        capacity = self.capacity if self._eval_capacity is None else self._eval_capacity
+        return super().prediction_step(model, {**inputs, "capacity": capacity}, *args, **kwargs)
 
     @contextlib.contextmanager
     def _evaluating_at(self, capacity):
@@ -517,7 +511,8 @@ class MoNETrainer(Trainer):
 
         With several capacities the metrics of each are named `{prefix}_capacity_{capacity:g}_...`, and
         `{prefix}_loss`, `{prefix}_accuracy`, ... are their means, by which the best checkpoint is chosen. Examples are
-        read once for all of them; `{prefix}_runtime` and what is per second are of the whole.
+        read once for all of them; `{prefix}_runtime` and what is per second are of the whole. The logits of all
+        capacities are kept at a time, on the device unless `args.eval_accumulation_steps` moves them.
 
         Raises:
             ValueError: a capacity that is not allowed.
@@ -536,13 +531,14 @@ class MoNETrainer(Trainer):
         capacities, start = self.args.eval_capacities, time.time()
         # Metrics that gather batches themselves cannot tell capacities apart: these have a pass each.
         passes = [[capacity] for capacity in capacities] if self.args.batch_eval_metrics else [capacities]
+        loss_only = self.compute_metrics is None or self.args.prediction_loss_only
         metrics, values = {}, {}
-        for some in passes:
-            with self._evaluating_together(some):
+        for group in passes:
+            with self._evaluating_together(group, metric_key_prefix, loss_only):
                 output = self.evaluation_loop(
                     loader,
-                    description=f"Evaluation at {', '.join(f'{capacity:g}' for capacity in some)}",
-                    prediction_loss_only=False,  # of labels, too
+                    description=f"Evaluation at {', '.join(f'{capacity:g}' for capacity in group)}",
+                    prediction_loss_only=loss_only,
                     ignore_keys=ignore_keys,
                     metric_key_prefix=metric_key_prefix,
                 )
@@ -564,23 +560,46 @@ class MoNETrainer(Trainer):
         return metrics
 
     @contextlib.contextmanager
-    def _evaluating_together(self, capacities):
+    def _evaluating_together(self, capacities, metric_key_prefix, loss_only):
         """Have Trainer's evaluation loop run each batch at these capacities."""
-        before = self.compute_metrics, self.preprocess_logits_for_metrics
-        self._shared_pass = SharedPass(
+        names = ("compute_metrics", "preprocess_logits_for_metrics", "prediction_step")
+        alone = {name: getattr(self, name) for name in names}
+
+        def compute_metrics(capacity, prediction, **kwargs):
+            with self._replaced(**alone), self._evaluating_at(capacity):  # metrics may predict, too
+                return alone["compute_metrics"](prediction, **kwargs)
+
+        shared = SharedPass(
             capacities,
-            None if self.args.prediction_loss_only else self.compute_metrics,
-            self.preprocess_logits_for_metrics,
+            None if loss_only else compute_metrics,
+            alone["preprocess_logits_for_metrics"],
+            metric_key_prefix,
             passes_losses="loss" in self.args.include_for_metrics,
             filters_losses=self.args.logging_nan_inf_filter,
         )
-        self.compute_metrics = self._shared_pass.compute_metrics
-        self.preprocess_logits_for_metrics = self._shared_pass.preprocess_logits
+
+        def prediction_step(model, inputs, *args, **kwargs):
+            inputs, steps = self._prepare_inputs(inputs), []
+            for capacity in capacities:
+                with self._evaluating_at(capacity):
+                    steps.append(alone["prediction_step"](model, inputs, *args, **kwargs))
+            return shared.join(len(inputs["pixel_values"]), steps)
+
+        together = (shared.compute_metrics, shared.preprocess_logits, prediction_step)
+        with self._replaced(**dict(zip(names, together, strict=True))):
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(self, **attributes):
+        own = vars(self)
+        before = {name: own[name] for name in attributes if name in own}
+        own.update(attributes)
         try:
             yield
         finally:
-            self._shared_pass = None
-            self.compute_metrics, self.preprocess_logits_for_metrics = before
+            for name in attributes:
+                del own[name]
+            own.update(before)
 
     def _determine_best_metric(self, metrics, trial):
         # After which Trainer saves the best alone, where a signal asked for a checkpoint.
