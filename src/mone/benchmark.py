@@ -2,8 +2,8 @@
 """What a capacity saves on the clock: MoNE against transformers' own dense layers, in one process and in turn.
 
 The measure is the *efficiency*: the speed-up over the dense model divided by the reduction in multiply-accumulates.
-1 means that every saved multiplication is felt; the paper reached 0.84 on a V100 (Table 1:
-1.94 times the throughput for 2.32 times fewer).
+1 means that every saved multiplication is felt; the paper reached 0.84 on a V100 (Table 1: 1.94 times the throughput
+for 2.32 times fewer multiply-accumulates).
 """
 
 import copy

@@ -32,7 +32,7 @@ class SharedPass:
         passes_losses: bool,
         filters_losses: bool,
     ):
-        self.capacities, self._prefix = capacities, prefix
+        self._capacities, self._prefix = capacities, prefix
         self._compute_metrics, self._preprocess_logits = compute_metrics, preprocess_logits
         self._passes_losses, self._filters_losses = passes_losses, filters_losses
         self._losses = []
@@ -67,7 +67,7 @@ class SharedPass:
         losses, *others = zip(*batches, strict=True)
         self._losses += [torch.as_tensor(some).cpu().numpy() for some in losses]
         metrics = {}
-        for place, capacity in enumerate(self.capacities):
+        for place, capacity in enumerate(self._capacities):
             measured = {}
             if kwargs.get("compute_result", True):
                 measured["loss"] = self._mean(np.concatenate([some[:, place] for some in self._losses]))

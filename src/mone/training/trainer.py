@@ -562,8 +562,11 @@ class MoNETrainer(Trainer):
     @contextlib.contextmanager
     def _evaluating_together(self, capacities, metric_key_prefix, loss_only):
         """Have Trainer's evaluation loop run each batch at these capacities."""
-        names = ("compute_metrics", "preprocess_logits_for_metrics", "prediction_step")
-        alone = {name: getattr(self, name) for name in names}
+        alone = {
+            "compute_metrics": self.compute_metrics,
+            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
+            "prediction_step": self.prediction_step,  # of a subclass, too
+        }
 
         def compute_metrics(capacity, prediction, **kwargs):
             with self._replaced(**alone), self._evaluating_at(capacity):  # metrics may predict, too
@@ -585,12 +588,16 @@ class MoNETrainer(Trainer):
                     steps.append(alone["prediction_step"](model, inputs, *args, **kwargs))
             return shared.join(len(inputs["pixel_values"]), steps)
 
-        together = (shared.compute_metrics, shared.preprocess_logits, prediction_step)
-        with self._replaced(**dict(zip(names, together, strict=True))):
+        with self._replaced(
+            compute_metrics=shared.compute_metrics,
+            preprocess_logits_for_metrics=shared.preprocess_logits,
+            prediction_step=prediction_step,
+        ):
             yield
 
     @contextlib.contextmanager
     def _replaced(self, **attributes):
+        """With these attributes in the place of the trainer's, or of its class's."""
         own = vars(self)
         before = {name: own[name] for name in attributes if name in own}
         own.update(attributes)
